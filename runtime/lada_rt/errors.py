@@ -1,0 +1,63 @@
+"""Every error lada-rt raises on purpose. A message says what was expected, what came, and the remedy, in one line."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AudioError",
+    "BundleError",
+    "CheckpointError",
+    "EngineError",
+    "ExportError",
+    "GenerationCancelled",
+    "LadaError",
+    "ParamError",
+]
+
+
+class LadaError(Exception):
+    """Base of all lada-rt errors."""
+
+    #: exit code of the command line for this error
+    exit_code = 1
+
+
+class ParamError(LadaError, ValueError):
+    """An option or argument is out of range, of the wrong type or of the wrong shape."""
+
+    exit_code = 2
+
+
+class AudioError(LadaError):
+    """The audio input or output cannot be used."""
+
+    exit_code = 3
+
+
+class BundleError(LadaError):
+    """A bundle is missing, damaged, of a newer format, or incomplete."""
+
+    exit_code = 4
+
+
+class CheckpointError(LadaError):
+    """A checkpoint file is damaged, unsafe, or does not hold the expected tensors."""
+
+    exit_code = 4
+
+
+class ExportError(LadaError):
+    """A stage could not be exported, or an engine missed its tolerance."""
+
+    exit_code = 4
+
+
+class EngineError(LadaError):
+    """A backend or device is missing, or an engine does not fit this machine."""
+
+    exit_code = 5
+
+
+class GenerationCancelled(LadaError):
+    """The progress callback returned False, or the caller closed the stream."""
+
+    exit_code = 130

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from lada_rt.errors import ParamError
+from torch import Tensor, nn
 
 __all__ = [
     "DEAD_KEYS",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from lada_rt.errors import ParamError
 from torch import Tensor, nn
 
-from lada_rt.errors import ParamError
 from lada_rt_export.models.mask_predictor import MaskPredictor, rope_tables
 
 __all__ = ["MAX_POSITIONS", "DenoiserStage"]

@@ -1,0 +1,133 @@
+"""What the MuCodec networks share: released tensors by name, inference-only BatchNorm, float32 islands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from lada_rt.errors import ParamError
+from torch import Tensor, nn
+
+__all__ = [
+    "EvalBatchNorm",
+    "Float32Buffers",
+    "check_positive",
+    "fold_batch_norm",
+    "group_norm_f32",
+    "layer_norm_f32",
+    "released_state",
+]
+
+
+def released_state(
+    tensors: Mapping[str, Tensor], prefix: str, dead: Iterable[re.Pattern[str]] = ()
+) -> dict[str, Tensor]:
+    """Pick one network's tensors out of a released file.
+
+    Args:
+        tensors: flat name -> tensor, as stored.
+        prefix: what the names of this network start with; names without it are left out.
+        dead: patterns matched from the start of the name after the prefix; matches are left out.
+
+    Returns:
+        Name without prefix -> tensor, ready for `load_state_dict(strict=True)`.
+
+    Source: mucodec spec 8.
+    """
+    patterns = tuple(dead)
+    picked = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return {name: t for name, t in picked.items() if not any(p.match(name) for p in patterns)}
+
+
+def check_positive(owner: object, *fields: str) -> None:
+    """Raise ParamError unless every named field of a config is a positive integer."""
+    for field in fields:
+        value = getattr(owner, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            kind = type(owner).__name__
+            raise ParamError(f"{kind}.{field} must be a positive integer, got {value!r}; correct the config")
+
+
+class Float32Buffers(nn.Module):
+    """Keeps its own buffers as they are through `.half()` and `.to(dtype)`; they still follow the device.
+
+    For constants that half precision would spoil, such as frequencies multiplied by 1000 rad.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and old.dtype != new.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+        return self
+
+
+class EvalBatchNorm(nn.Module):
+    """BatchNorm with stored statistics, for [B, C, ...]. Source: mucodec spec 2.6, 2.7 (eps 1e-5)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+@torch.no_grad()
+def _fold_pair(conv: nn.Conv1d | nn.Conv2d, norm: EvalBatchNorm) -> None:
+    # float64: the product of two roundings would otherwise show up in near-tie codes
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    old = norm.running_mean.double() if conv.bias is None else norm.running_mean.double() - conv.bias.double()
+    shape = (-1,) + (1,) * (conv.weight.dim() - 1)
+    conv.weight.copy_(conv.weight.double() * scale.reshape(shape))
+    bias = norm.bias.double() - old * scale
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Fold every BatchNorm of `module` into the convolution before it, in place.
+
+    Modules that own such pairs list them as `norm_pairs`: (convolution name, norm name). The norms become
+    identities, so the state-dict keys change: fold after loading.
+
+    Returns:
+        The same module.
+
+    Source: mucodec spec 11, hazard 4.
+    """
+    for owner in list(module.modules()):
+        for conv_name, norm_name in getattr(owner, "norm_pairs", ()):
+            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
+            if isinstance(norm, EvalBatchNorm):
+                _fold_pair(conv, norm)
+                setattr(owner, norm_name, nn.Identity())
+    return module
+
+
+def layer_norm_f32(x: Tensor, size: int, eps: float) -> Tensor:
+    """LayerNorm without affine over the last axis, statistics and result in float32.
+
+    Source: mucodec spec 11, hazard 13: eps 1e-6 is below half-precision resolution.
+    """
+    return F.layer_norm(x.float(), (size,), eps=eps)
+
+
+def group_norm_f32(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm with float32 statistics, result in the dtype of `x`.
+
+    Source: mucodec spec 11, hazard 16: a group has up to 8 M elements, whose sum overflows half precision.
+    """
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps).to(x.dtype)

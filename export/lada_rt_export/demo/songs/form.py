@@ -221,7 +221,7 @@ def _lay_out(n_bars: int, rng: np.random.Generator) -> list[tuple[str, int]]:
             if rest < 4:
                 counts[0] += 2
                 rest -= 2
-            elif counts[place] < 16:
+            else:
                 counts[place] += 4
                 rest -= 4
         elif counts[place] < 4:

@@ -65,7 +65,7 @@ def test_equals_the_definition(rate_in: int, rate_out: int, n: int) -> None:
     out = resample_frac(x, rate_in, rate_out)
     assert out.dtype == np.float32
     expected = x if rate_in == rate_out else direct(x.astype(np.float64), rate_in, rate_out)
-    # The release builds its filters in float32, so a phase is off by up to r * pi roundings of a number near 1.
+    # The release builds its filters in float32: a phase is off by r * pi roundings of a number near 1.
     phase_error = 2**-24 * 0.945 * min(rate_in, rate_out) * np.pi
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6 + phase_error)
 

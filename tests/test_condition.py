@@ -145,9 +145,7 @@ def test_reference_path_matches(golden_case: Path) -> None:
         check_reference(golden_case.parent, sidecar, case, g)
 
 
-def check_reference(
-    folder: Path, sidecar: dict[str, Any], case: dict[str, Any], g: dict[str, Floats]
-) -> None:
+def check_reference(folder: Path, sidecar: dict[str, Any], case: dict[str, Any], g: dict[str, Floats]) -> None:
     name = case["name"]
     engine = RecordingEngine(folder, sidecar, case["do_normalize"])
     bf16 = case["precision"].startswith("bf16")
@@ -199,14 +197,15 @@ def test_text_path_matches(golden: Path) -> None:
         assert sidecar["max_length"] == MAX_TOKENS
         engine = text_engine(golden, sidecar)
         file = golden / sidecar["tokenizer"]
-        tokenizer: Any = load_tokenizer(file) if file.is_file() else None
+        tokenizer = load_tokenizer(file) if file.is_file() else None
         for row, text in enumerate(sidecar["texts"]):
             n = sidecar["lengths"][row]
             assert int(g["attention_mask"][row].sum()) == n
             stored = g["input_ids"][row, :n]
+            used: Any = tokenizer or RecordedTokenizer(stored.tolist())
             if tokenizer is not None:
                 np.testing.assert_array_equal(tokenize(tokenizer, text), stored)
-            feature = encode_text(engine, tokenizer or RecordedTokenizer(stored.tolist()), text)
+            feature = encode_text(engine, used, text)
             np.testing.assert_allclose(feature, g["feature_f32"][row], rtol=0, atol=ATOL)
             check_embed(feature, g["embed"][row, 0], text)
 
@@ -228,9 +227,7 @@ def test_the_committed_goldens_cover_the_host_side() -> None:
 
 def test_no_engine_library_is_imported() -> None:
     tree = ast.parse(Path(condition.__file__).read_text())
-    imported = {
-        n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names
-    }
+    imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
     imported |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert not imported & {"torch", "onnxruntime", "lada_rt_export"}
 
@@ -375,9 +372,7 @@ def test_tokenizer_settings_are_ours_not_the_file_s(tokenizer_file: Path) -> Non
     assert long.tolist() == tokenize(tokenizer, "warm " * 200).tolist()
 
 
-@pytest.mark.parametrize(
-    "text", ["\0", "a\0b", "\u0301" * 1_000_000, "a" * 1_000_000, "warm " * 200_000, "\U0001f3b8"]
-)
+@pytest.mark.parametrize("text", ["\0", "a\0b", "\u0301" * 1_000_000, "a" * 1_000_000, "warm " * 200_000, "\U0001f3b8"])
 def test_hostile_text_is_encoded(tokenizer_file: Path, text: str) -> None:
     ids = tokenize(load_tokenizer(tokenizer_file), text)
     assert 2 <= len(ids) <= MAX_TOKENS
@@ -399,9 +394,7 @@ def test_any_text_is_encoded(text: str) -> None:
 
 
 def any_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(
-        models.Unigram([("<unk>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("e", -1.0)], unk_id=0)
-    )
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("e", -1.0)], unk_id=0))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<unk> $A </s>", special_tokens=[("<unk>", 0), ("</s>", 2)]
     )

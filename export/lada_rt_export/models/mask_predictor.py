@@ -267,6 +267,7 @@ class MaskPredictor(nn.Module):
             vocal_codes: [B, T] int64 in 0..n_vocal_codes (the last is the pad).
             codes: [B, T] int64 in 0..n_codes+1 (the last two are mask and pad).
             prefix: [B, P, condition_size], P >= 0; a missing condition is a zero slot, not an absent one.
+                [B, condition_size] means P = 1.
             rows: [R] int64 frame indices 0..T-1. The last layer then computes its queries, MLP, norm and
                 logits for these frames only, which changes no result (spec/lada_band.md h.1).
             key_mask: [B, T] bool, True where a frame may be attended to; None means all of them. Prefix slots
@@ -278,6 +279,8 @@ class MaskPredictor(nn.Module):
         Returns:
             [B, P + T, n_codes] with the prefix first, or [B, R, n_codes] for `rows`.
         """
+        if prefix.dim() == 2:
+            prefix = prefix.unsqueeze(1)
         prefix_len = prefix.shape[1]
         frames = torch.cat((self.voc_embed(vocal_codes), self.acc_embed(codes)), dim=-1)  # [B, T, D]
         slots = self.clamp_proj(prefix.to(self.clamp_proj.weight.dtype)).to(frames.dtype)  # [B, P, D]

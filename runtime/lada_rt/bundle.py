@@ -1,0 +1,347 @@
+"""A bundle on disk: manifest, hashes, stages.
+
+Layout (design, "The public surface"):
+
+    manifest.json       format version, geometry, sizes, one entry per stage, sha256 and size of every other file
+    graphs/*.onnx       one graph per stage, with external data beside it for large weights
+    tokenizer.json      text tokenizer
+    constants.npz       small arrays the runtime itself needs (latent mean and deviation)
+    engines/<key>/      compiled engines, rebuilt when stale; not part of the bundle's hash
+
+A bundle is untrusted: paths may not leave its folder, and every byte is checked against the manifest before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from lada_rt.errors import BundleError
+from lada_rt.geometry import CodecGeometry
+
+__all__ = [
+    "FORMAT_VERSION",
+    "STAGES",
+    "Bundle",
+    "FileEntry",
+    "StageEntry",
+    "TensorEntry",
+    "demo_bundle_path",
+    "file_sha256",
+]
+
+FORMAT_NAME = "lada-rt bundle"
+FORMAT_VERSION = 1
+STAGES = ("encoder", "text_encoder", "ref_encoder", "denoiser", "flow", "mel_decoder", "vocoder")
+MANIFEST_LIMIT_BYTES = 16 << 20
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the bundle: POSIX path relative to its folder, sha256 in hex, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A named input or output; a dimension is an int or the name of a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """One network: its graph, what it takes and returns, its precision and the error measured when it was built."""
+
+    name: str
+    graph: FileEntry
+    external_data: tuple[FileEntry, ...]
+    precision: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    proof: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return (self.graph, *self.external_data)
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+    def input_shape(self, name: str) -> tuple[int | str, ...]:
+        """Shape of an input.
+
+        Raises:
+            BundleError: the stage has no such input.
+        """
+        for tensor in self.inputs:
+            if tensor.name == name:
+                return tensor.shape
+        raise BundleError(f"stage {self.name}: expected an input {name}; rebuild the bundle")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "graph": self.graph.to_json(),
+            "external_data": [f.to_json() for f in self.external_data],
+            "precision": self.precision,
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+            "proof": dict(self.proof),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle. `open` has checked its structure; `verify` checks the bytes."""
+
+    path: Path
+    name: str
+    trained: bool
+    note: str
+    geometry: CodecGeometry
+    vocab_size: int
+    mask_id: int
+    prefix_dim: int
+    max_seconds: float
+    ref_chunk_samples: int
+    stages: Mapping[str, StageEntry]
+    files: Mapping[str, FileEntry]
+    sources: tuple[Mapping[str, Any], ...]
+    sha256: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check `manifest.json` (not the other files' bytes: see `verify`).
+
+        Raises:
+            BundleError: no bundle there, a newer format, or a manifest that is damaged or incomplete.
+        """
+        folder = Path(path)
+        manifest_path = folder / "manifest.json"
+        if not folder.is_dir() or not manifest_path.is_file():
+            what = "no such folder" if not folder.exists() else "no manifest.json in it"
+            raise BundleError(
+                f"{folder}: expected a bundle folder, {what}; make one with: lada-rt build-engine --demo --out {folder}"
+            )
+        try:
+            if manifest_path.stat().st_size > MANIFEST_LIMIT_BYTES:
+                raise ValueError("larger than any manifest")
+            raw = manifest_path.read_bytes()
+            data = json.loads(raw)
+            if not isinstance(data, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{manifest_path}: expected a JSON manifest, {_one_line(error)}; fetch or rebuild the bundle"
+            ) from None
+        return cls._parse(folder, data)
+
+    @classmethod
+    def _parse(cls, folder: Path, data: dict[str, Any]) -> Bundle:
+        version = data.get("format_version")
+        if data.get("format") != FORMAT_NAME or isinstance(version, bool) or not isinstance(version, int):
+            raise BundleError(
+                f"{folder}/manifest.json: expected format {FORMAT_NAME!r}, got "
+                f"{data.get('format')!r}; rebuild the bundle"
+            )
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{folder}: bundle format {version} is newer than this lada-rt reads "
+                f"({FORMAT_VERSION}); upgrade lada-rt"
+            )
+        try:
+            stages = {name: _parse_stage(name, entry) for name, entry in _mapping(data["stages"]).items()}
+            files = {name: _parse_file(entry) for name, entry in _mapping(data["files"]).items()}
+            bundle = cls(
+                path=folder,
+                name=_text(data["name"]),
+                trained=_boolean(data["trained"]),
+                note=_text(data["note"]),
+                geometry=CodecGeometry.from_json(data["geometry"]),
+                vocab_size=_positive(data["vocab_size"]),
+                mask_id=_positive(data["mask_id"]),
+                prefix_dim=_positive(data["prefix_dim"]),
+                max_seconds=float(_positive(data["max_seconds"])),
+                ref_chunk_samples=_positive(data["ref_chunk_samples"]),
+                stages=stages,
+                files=files,
+                sources=tuple(_mapping(s) for s in data["sources"]),
+                sha256=manifest_sha256(data),
+            )
+        except BundleError as error:
+            raise BundleError(f"{folder}/manifest.json: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{folder}/manifest.json: damaged or incomplete ({_one_line(error)}); rebuild the bundle"
+            ) from None
+        missing = [s for s in STAGES if s not in stages] + [
+            f for f in ("tokenizer.json", "constants.npz") if f not in files
+        ]
+        if missing:
+            raise BundleError(
+                f"{folder}: the manifest lacks {', '.join(missing)}; build the bundle again without --stages"
+            )
+        return bundle
+
+    def all_files(self) -> list[FileEntry]:
+        return [f for stage in self.stages.values() for f in stage.files] + list(self.files.values())
+
+    def verify(self) -> None:
+        """Compare size and sha256 of every file with the manifest.
+
+        Raises:
+            BundleError: a file is missing, truncated or altered.
+        """
+        for entry in self.all_files():
+            path = self.file_path(entry)
+            try:
+                size = path.stat().st_size
+                if size != entry.bytes:
+                    raise BundleError(
+                        f"{path}: expected {entry.bytes} bytes, got {size}; the file is damaged, "
+                        "fetch or rebuild the bundle"
+                    )
+                digest = file_sha256(path)
+            except OSError as error:
+                raise BundleError(f"{path}: cannot be read ({error.strerror}); fetch or rebuild the bundle") from None
+            if digest != entry.sha256:
+                raise BundleError(
+                    f"{path}: expected sha256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was "
+                    "altered, fetch or rebuild the bundle"
+                )
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says, as plain data."""
+        return {
+            "name": self.name,
+            "trained": self.trained,
+            "note": self.note,
+            "geometry": self.geometry.to_json(),
+            "vocab_size": self.vocab_size,
+            "mask_id": self.mask_id,
+            "prefix_dim": self.prefix_dim,
+            "max_seconds": self.max_seconds,
+            "ref_chunk_samples": self.ref_chunk_samples,
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "files": {name: entry.to_json() for name, entry in self.files.items()},
+            "sources": [dict(s) for s in self.sources],
+        }
+
+    def file_path(self, entry: FileEntry) -> Path:
+        return self.path / entry.path
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """The arrays of `constants.npz`: latent_mean, latent_std, both float32 [latent_channels, latent_bins]."""
+        path = self.file_path(self.files["constants.npz"])
+        shape = (self.geometry.latent_channels, self.geometry.latent_bins)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ("latent_mean", "latent_std")}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise BundleError(f"{path}: expected latent statistics, {_one_line(error)}; rebuild the bundle") from None
+        for name, array in arrays.items():
+            if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
+                raise BundleError(
+                    f"{path}: {name}: expected finite float32 {list(shape)}, got {array.dtype} "
+                    f"{list(array.shape)}; rebuild the bundle"
+                )
+        return arrays
+
+
+def demo_bundle_path() -> Path:
+    """Folder of the embedded demo bundle."""
+    return Path(__file__).parent / "demo.bundle"
+
+
+def manifest_sha256(data: Mapping[str, Any]) -> str:
+    """Hash that identifies a bundle: its manifest's in canonical form, which names the hash of every other file."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse_stage(name: str, data: Any) -> StageEntry:
+    data = _mapping(data)
+    return StageEntry(
+        name=name,
+        graph=_parse_file(data["graph"]),
+        external_data=tuple(_parse_file(f) for f in data["external_data"]),
+        precision=_text(data["precision"]),
+        inputs=tuple(_parse_tensor(t) for t in data["inputs"]),
+        outputs=tuple(_parse_tensor(t) for t in data["outputs"]),
+        proof=_mapping(data["proof"]),
+    )
+
+
+def _parse_file(data: Any) -> FileEntry:
+    data = _mapping(data)
+    path = PurePosixPath(_text(data["path"]))
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in str(path) or "\0" in str(path):
+        raise BundleError(f"file path {str(path)!r} leaves the bundle folder; do not use this bundle")
+    digest = _text(data["sha256"])
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise ValueError(f"bad sha256 {digest[:80]!r}")
+    size = data["bytes"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"bad size {size!r}")
+    return FileEntry(str(path), digest, size)
+
+
+def _parse_tensor(data: Any) -> TensorEntry:
+    data = _mapping(data)
+    if data["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {data['dtype']!r}")
+    shape = tuple(d if isinstance(d, str) else _positive(d) for d in data["shape"])
+    return TensorEntry(_text(data["name"]), data["dtype"], shape)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {value!r}")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**53:
+        raise ValueError(f"expected a positive integer, got {value!r}")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

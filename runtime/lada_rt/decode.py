@@ -1,0 +1,233 @@
+"""Codes to sound: windows, the flow solver, mel and waveform, crossfade.
+
+Source: spec/mucodec 3.4 (solver), 5 (windows), 6 (mel), 7 (vocoder). A window depends on the one before it only
+through the last `context_latents` frames of its latents, so rendering window i (mel and vocoder) can run beside the
+flow of window i+1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lada_rt.engines.base import Engine
+from lada_rt.geometry import CodecGeometry
+from lada_rt.noise import flow_noise
+
+__all__ = [
+    "Crossfade",
+    "LatentStats",
+    "decode_latents",
+    "render_window",
+    "rendered_samples",
+    "seeded_noise",
+    "solve_flow",
+    "window_codes",
+]
+
+SIGMA_MIN = np.float32(1e-4)
+#: mel frames on either side that influence a waveform sample (spec/mucodec 7)
+VOCODER_HALO_FRAMES = 23
+#: mel frames vocoded at once. The halo makes the result that of one pass; the block bounds the memory.
+VOCODER_BLOCK_FRAMES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LatentStats:
+    """Mean and deviation of the latents, [channels, bins] float32 (spec/mucodec 3.3)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def normalise(self, latents: np.ndarray) -> np.ndarray:
+        """[..., channels, frames, bins] to zero mean and unit deviation."""
+        return (latents - self.mean[:, None, :]) / np.maximum(self.std, np.float32(1e-12))[:, None, :]
+
+    def denormalise(self, latents: np.ndarray) -> np.ndarray:
+        return latents * self.std[:, None, :] + self.mean[:, None, :]
+
+
+def window_codes(codes: np.ndarray, index: int, geometry: CodecGeometry) -> np.ndarray:
+    """Codes of decoder window `index`, [window_codes] int64: the song repeats without end (spec/mucodec 5.2-5.4)."""
+    return codes[(index * geometry.hop_codes + np.arange(geometry.window_codes)) % len(codes)]
+
+
+def solve_flow(
+    engine: Engine,
+    codes: np.ndarray,
+    noise: np.ndarray,
+    context: np.ndarray,
+    *,
+    n_steps: int,
+    guidance: float,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Integrate the flow of one window from noise to normalised latents by Euler steps (spec/mucodec 3.4).
+
+    Args:
+        engine: the `flow` stage.
+        codes: [2 L] int64.
+        noise: [32, L, 32] float32, standard normal.
+        context: [32, K, 32] float32, normalised latents that the window starts with; K = 0 for the first window.
+        n_steps: Euler steps; the engine is called once for each, with both halves of the guidance in one batch.
+        guidance: velocity is u + guidance * (c - u); at 1 only the conditioned half is evaluated.
+        on_step: called with the steps done.
+
+    Returns:
+        [32, L, 32] float32, the first K frames equal to `context`.
+    """
+    n_context = context.shape[1]
+    conditional = np.array([1.0] if guidance == 1.0 else [0.0, 1.0], np.float32)
+    batch = len(conditional)
+    padded = np.zeros_like(noise)
+    padded[:, :n_context] = context
+    context_rows = np.repeat(padded[None], batch, axis=0)  # [B, 32, L, 32]
+    codes_rows = np.repeat(codes[None], batch, axis=0)  # [B, 2 L]
+    x = noise.copy()
+    times = np.linspace(0.0, 1.0, n_steps + 1, dtype=np.float32)
+    t, dt = times[0], times[1] - times[0]
+    for step in range(n_steps):
+        x[:, :n_context] = (1 - (1 - SIGMA_MIN) * t) * noise[:, :n_context] + t * context
+        velocity = engine.run(
+            x=np.repeat(x[None], batch, axis=0),
+            context=context_rows,
+            codes=codes_rows,
+            conditional=conditional,
+            t=np.full(batch, t, np.float32),
+        )["velocity"]  # [B, 32, L, 32]
+        guided = velocity[0] if batch == 1 else velocity[0] + np.float32(guidance) * (velocity[1] - velocity[0])
+        x += dt * guided
+        # The released solver accumulates t and takes dt from the accumulated value.
+        t = t + dt
+        if step + 2 <= n_steps:
+            dt = times[step + 2] - t
+        on_step(step + 1)
+    x[:, :n_context] = context
+    return x
+
+
+def decode_latents(
+    engine: Engine,
+    codes: np.ndarray,
+    stats: LatentStats,
+    geometry: CodecGeometry,
+    *,
+    n_steps: int,
+    guidance: float,
+    noise: Callable[[int], np.ndarray],
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[np.ndarray]:
+    """Yield the latents of each decoder window in turn, [32, window_latents, 32] float32.
+
+    Args:
+        engine: the `flow` stage.
+        codes: [T] int64, the whole song.
+        stats: of the latents.
+        geometry: rates and window sizes.
+        n_steps: Euler steps in each window.
+        guidance: see `solve_flow`.
+        noise: window index to initial noise [32, window_latents, 32] float32.
+        on_step: called with (flow steps done, flow steps in all), first with 0.
+    """
+    n_windows = geometry.n_windows(len(codes))
+    total = n_windows * n_steps
+    context = np.zeros((geometry.latent_channels, 0, geometry.latent_bins), np.float32)
+    on_step(0, total)
+    for index in range(n_windows):
+
+        def on_window_step(done: int, base: int = index * n_steps) -> None:
+            on_step(base + done, total)
+
+        latents = stats.denormalise(
+            solve_flow(
+                engine,
+                window_codes(codes, index, geometry),
+                noise(index),
+                context,
+                n_steps=n_steps,
+                guidance=guidance,
+                on_step=on_window_step,
+            )
+        )
+        yield latents
+        context = stats.normalise(latents[:, -geometry.context_latents :])
+
+
+def seeded_noise(seed: int, geometry: CodecGeometry) -> Callable[[int], np.ndarray]:
+    """Window index to initial flow noise, from the seed alone."""
+    shape = (geometry.latent_channels, geometry.window_latents, geometry.latent_bins)
+    return lambda window: flow_noise(seed, window, shape)
+
+
+def rendered_samples(index: int, n_samples: int, geometry: CodecGeometry) -> int:
+    """Samples of decoder window `index` that a song of `n_samples` needs."""
+    return min(geometry.window_samples, n_samples - index * geometry.hop_samples)
+
+
+def render_window(
+    engines: Mapping[str, Engine],
+    latents: np.ndarray,
+    n_samples: int,
+    geometry: CodecGeometry,
+    *,
+    block_frames: int = VOCODER_BLOCK_FRAMES,
+) -> np.ndarray:
+    """Latents of one window to its first `n_samples` of audio.
+
+    Args:
+        engines: holds the `mel_decoder` and `vocoder` stages.
+        latents: [32, L, 32] float32; the first half of the channels is left, the second right (spec/mucodec 6).
+        n_samples: 1..window_samples.
+        geometry: rates and window sizes.
+        block_frames: mel frames vocoded at once.
+
+    Returns:
+        [2, n_samples] float32 in (-1, 1).
+    """
+    per_frame = geometry.samples_per_mel_frame
+    n_frames = math.ceil(n_samples / per_frame)
+    audio = np.empty((2, n_frames * per_frame), np.float32)
+    for channel, half in enumerate(np.split(latents, 2)):
+        # One audio channel at a time: the mel decoder's largest maps would otherwise double (8 GiB at full size).
+        mel = engines["mel_decoder"].run(latents=half[None])["mel"]  # [1, 256, 8 L]
+        for start in range(0, n_frames, block_frames):
+            stop = min(start + block_frames, n_frames)
+            left = max(start - VOCODER_HALO_FRAMES, 0)
+            right = min(stop + VOCODER_HALO_FRAMES, mel.shape[2])
+            wave = engines["vocoder"].run(mel=np.ascontiguousarray(mel[:, :, left:right]))["waveform"][0]
+            offset = (start - left) * per_frame
+            audio[channel, start * per_frame : stop * per_frame] = wave[offset : offset + (stop - start) * per_frame]
+    return audio[:, :n_samples]
+
+
+class Crossfade:
+    """Joins decoded windows; gives out each sample as soon as no later window can change it (spec/mucodec 5.6).
+
+    The window before fades out over `overlap_samples` while the next fades in, linearly, both ends of the ramp
+    included.
+    """
+
+    def __init__(self, geometry: CodecGeometry, n_samples: int) -> None:
+        self._overlap = geometry.overlap_samples
+        self._remaining = n_samples
+        self._ramp = np.linspace(0.0, 1.0, self._overlap)
+        self._tail: np.ndarray | None = None
+
+    def push(self, window: np.ndarray, *, last: bool) -> np.ndarray:
+        """Add the next window [2, n] and return the samples that are now final, [2, m] float32.
+
+        The last window may be shorter than the others, as nothing past the song's end is rendered; it always holds
+        more than the overlap, because a window is only there for codes beyond it.
+        """
+        if self._tail is not None:
+            head, rest = np.split(window, [self._overlap], axis=1)
+            faded = self._tail * (1.0 - self._ramp) + head * self._ramp  # float64, as the released program mixes
+            window = np.concatenate([faded.astype(np.float32), rest], axis=1)
+        final = window if last else window[:, : -self._overlap]
+        self._tail = None if last else window[:, -self._overlap :]
+        final = final[:, : self._remaining]
+        self._remaining -= final.shape[1]
+        return np.ascontiguousarray(final)

@@ -1,0 +1,88 @@
+"""Engines on ONNX Runtime (CPU, or CUDA where the GPU build is installed)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lada_rt.errors import BundleError, EngineError
+
+__all__ = ["OnnxEngine", "cpu_count", "load_onnxruntime"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import ONNX Runtime without letting it write its telemetry database under the user's home.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError(
+            'backend onnxruntime: the package is missing; install it with: pip install "lada-rt[cpu]"'
+        ) from None
+    return onnxruntime
+
+
+def cpu_count() -> int:
+    """CPUs this process may run on, which in a container is often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+class OnnxEngine:
+    """One ONNX graph in an ONNX Runtime session. Thread-safe: a session holds no state between runs."""
+
+    def __init__(self, graph: Path, *, device: str = "cpu", n_threads: int | None = None) -> None:
+        """Load `graph` for `device` (`cpu` or `cuda`).
+
+        Raises:
+            EngineError: ONNX Runtime or its provider for the device is missing.
+            BundleError: the graph cannot be loaded.
+        """
+        ort = load_onnxruntime()
+        provider = PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise EngineError(
+                f"backend onnxruntime: no {provider} in this build of ONNX Runtime; "
+                'use --device cpu, or install the GPU build with: pip install "lada-rt[gpu]"'
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = n_threads or cpu_count()
+        options.inter_op_num_threads = 1
+        # Several sessions live side by side; spinning threads of an idle one would take cores from the busy one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
+        try:
+            self._session: Any = ort.InferenceSession(str(graph), options, providers=providers)
+        except Exception as error:
+            raise BundleError(
+                f"{graph}: ONNX Runtime cannot load it ({_one_line(error)}); rebuild the bundle"
+            ) from None
+        if device != "cpu" and self._session.get_providers()[0] != provider:
+            raise EngineError(
+                f"backend onnxruntime: {provider} did not start on this machine; check the driver "
+                "with: lada-rt doctor, or use --device cpu"
+            )
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            values = self._session.run(self._outputs, inputs)
+        except Exception as error:
+            raise EngineError(
+                f"backend onnxruntime: the run failed ({_one_line(error)}); report it with: lada-rt doctor"
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

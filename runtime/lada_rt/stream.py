@@ -1,0 +1,83 @@
+"""Running a generator ahead in a thread, bounded, and stopping it for sure."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from lada_rt.errors import GenerationCancelled
+
+__all__ = ["Cancel", "run_ahead"]
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.1
+
+
+class Cancel:
+    """A flag that any thread may raise; work in progress checks it at every step."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `GenerationCancelled` once the flag is up."""
+        if self._event.is_set():
+            raise GenerationCancelled("generation cancelled")
+
+
+def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Iterator[T]:
+    """Iterate `items` in a thread, at most `depth` finished items ahead of the consumer.
+
+    An exception in `items` is raised here. When the consumer stops early, for whatever reason, `cancel` is raised and
+    the
+    thread is joined before control returns: `items` must check the flag often.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+
+    def put(message: tuple[str, Any]) -> bool:
+        while not cancel.cancelled:
+            try:
+                ready.put(message, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put(("item", item)):
+                    return
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    thread = threading.Thread(target=produce, name="lada-rt-generate", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                kind, value = ready.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if not thread.is_alive() and ready.empty():
+                    cancel.check()
+                    raise
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        cancel.cancel()
+        thread.join()

@@ -1,4 +1,5 @@
-"""Look at the songs the demo model is trained on: spectrograms of vocal and accompaniment, chromagram, true chords.
+"""Look at the songs the demo model is trained on: spectrograms of vocal and accompaniment, chromagram, true
+chords.
 
     python bench/plot_songs.py out.png --seed 3 --seconds 30
 
@@ -20,7 +21,7 @@ from matplotlib.axes import Axes
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WINDOW, HOP = 4096, 1024
+WINDOW, HOP = 8192, 1024
 
 
 def spectrogram(x: np.ndarray) -> np.ndarray:
@@ -30,11 +31,11 @@ def spectrogram(x: np.ndarray) -> np.ndarray:
 
 
 def chromagram(magnitude: np.ndarray, rate_hz: int) -> np.ndarray:
-    """[12, frames] energy by pitch class between 55 and 2000 Hz, each frame scaled to a maximum of one."""
+    """[12, frames] magnitude by pitch class between 110 and 2000 Hz, each frame scaled to a maximum of one."""
     freqs = np.arange(magnitude.shape[0]) * rate_hz / WINDOW
-    used = (freqs > 55) & (freqs < 2000)
+    used = (freqs > 110) & (freqs < 2000)
     classes = np.round(69 + 12 * np.log2(freqs[used] / 440)).astype(int) % 12
-    chroma = np.stack([(magnitude[used][classes == c] ** 2).sum(axis=0) for c in range(12)])
+    chroma = np.stack([magnitude[used][classes == c].mean(axis=0) for c in range(12)])
     return chroma / np.maximum(chroma.max(axis=0), 1e-9)
 
 
@@ -50,9 +51,7 @@ def draw_song(axes: list[Axes], song: Song, seconds: float) -> None:
         ax.set_ylabel("kHz")
         ax.set_title(f"{song.style}, {song.tempo_bpm:.0f} bpm, {song.key}: {name}", fontsize=9)
     extent = (extent[0], extent[1], -0.5, 11.5)
-    axes[2].imshow(
-        chromagram(magnitude, song.rate_hz), origin="lower", aspect="auto", extent=extent, cmap="gray_r"
-    )
+    axes[2].imshow(chromagram(magnitude, song.rate_hz), origin="lower", aspect="auto", extent=extent, cmap="gray_r")
     axes[2].set_yticks(range(12), PITCH_NAMES, fontsize=6)
     for chord in song.chords:
         if chord.start_s < extent[1]:

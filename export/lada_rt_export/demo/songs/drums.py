@@ -19,9 +19,7 @@ def _time(seconds: float) -> np.ndarray:
     return np.arange(int(seconds * RATE_HZ)) / RATE_HZ
 
 
-def _noise(
-    rng: np.random.Generator, t: np.ndarray, low_hz: float, high_hz: float, tau_s: float
-) -> np.ndarray:
+def _noise(rng: np.random.Generator, t: np.ndarray, low_hz: float, high_hz: float, tau_s: float) -> np.ndarray:
     return shaped_noise(rng, len(t), RATE_HZ, low_hz, high_hz) * np.exp(-t / tau_s)
 
 
@@ -30,9 +28,7 @@ def _swept(t: np.ndarray, start_hz: float, end_hz: float, sweep_s: float, tau_s:
     return np.sin(phase) * np.exp(-t / tau_s)
 
 
-def _metal(
-    rng: np.random.Generator, t: np.ndarray, base_hz: float, tau_s: float, bright: float
-) -> np.ndarray:
+def _metal(rng: np.random.Generator, t: np.ndarray, base_hz: float, tau_s: float, bright: float) -> np.ndarray:
     """Inharmonic clangour and noise above 5 kHz: hats and cymbals."""
     ratios = np.array([2.0, 3.0, 4.16, 5.43, 6.79, 8.21, 9.7, 11.3, 13.1, 15.2, 17.3, 19.6])
     freqs = base_hz * ratios * (1 + 0.004 * rng.standard_normal(len(ratios)))
@@ -51,9 +47,7 @@ def _kick(rng: np.random.Generator, base: np.random.Generator, electronic: bool)
 def _snare(rng: np.random.Generator, base: np.random.Generator, wires: float, ring: float) -> np.ndarray:
     t = _time(0.4)
     hz = base.uniform(170, 215)
-    body = _swept(t, hz * 1.4, hz, 0.012, 0.07 * ring) + 0.5 * _swept(
-        t, hz * 1.9, hz * 1.6, 0.01, 0.05 * ring
-    )
+    body = _swept(t, hz * 1.4, hz, 0.012, 0.07 * ring) + 0.5 * _swept(t, hz * 1.9, hz * 1.6, 0.01, 0.05 * ring)
     return 0.55 * body + 0.33 * _noise(rng, t, 1500, 9000, wires * base.uniform(0.85, 1.15))
 
 
@@ -71,9 +65,7 @@ def _hat(rng: np.random.Generator, base: np.random.Generator, tau_s: float) -> n
 def _ride(rng: np.random.Generator, base: np.random.Generator) -> np.ndarray:
     t = _time(1.0)
     hz = base.uniform(380, 480)
-    ping = partials(
-        hz * np.array([7.1, 9.3, 11.9]), np.array([0.1, 0.08, 0.06]), np.full(3, 0.25), len(t), np.zeros(3)
-    )
+    ping = partials(hz * np.array([7.1, 9.3, 11.9]), np.array([0.1, 0.08, 0.06]), np.full(3, 0.25), len(t), np.zeros(3))
     return ping + 0.5 * _metal(rng, t, hz, 0.3, 0.9)
 
 
@@ -116,9 +108,7 @@ def _conga(rng: np.random.Generator, hz: float) -> np.ndarray:
 def _brush(rng: np.random.Generator, base: np.random.Generator) -> np.ndarray:
     t = _time(0.3)
     swell = np.minimum(t / 0.01, 1) * np.exp(-t / base.uniform(0.06, 0.09))
-    return 0.3 * shaped_noise(rng, len(t), RATE_HZ, 1800, 7500) * swell + 0.12 * _swept(
-        t, 260, 190, 0.01, 0.04
-    )
+    return 0.3 * shaped_noise(rng, len(t), RATE_HZ, 1800, 7500) * swell + 0.12 * _swept(t, 260, 190, 0.01, 0.04)
 
 
 #: name -> (one-shot from the take's and the kit's chance, pan from -1 left to 1 right, level)
@@ -135,7 +125,7 @@ DRUMS: dict[str, tuple[Callable[[np.random.Generator, np.random.Generator], np.n
     "tom_high": (lambda rng, base: _tom(rng, base.uniform(150, 170)), 0.25, 0.5),
     "tom_low": (lambda rng, base: _tom(rng, base.uniform(85, 100)), -0.25, 0.5),
     "rim": (_rim, 0.2, 0.36),
-    "shaker": (_shaker, -0.4, 0.28),
+    "shaker": (_shaker, -0.4, 0.2),
     "conga_high": (lambda rng, base: _conga(rng, base.uniform(290, 330)), -0.3, 0.3),
     "conga_low": (lambda rng, base: _conga(rng, base.uniform(195, 225)), -0.3, 0.3),
     "brush": (_brush, 0.1, 0.4),
@@ -143,8 +133,7 @@ DRUMS: dict[str, tuple[Callable[[np.random.Generator, np.random.Generator], np.n
 
 
 def draw_kit(seed: int, names: Sequence[str] = tuple(DRUMS)) -> dict[str, list[np.ndarray]]:
-    """Render N_TAKES takes [n] float32 of the drums named; each starts within a millisecond and fades to
-    zero."""
+    """Render N_TAKES takes [n] float32 of the drums named; each starts at once and fades to zero."""
     kit: dict[str, list[np.ndarray]] = {}
     for name in names:
         shot, _pan, level = DRUMS[name]
@@ -153,7 +142,8 @@ def draw_kit(seed: int, names: Sequence[str] = tuple(DRUMS)) -> dict[str, list[n
         for take in range(N_TAKES):
             # the same `base` for all takes: one instrument, struck three times
             x = shot(np.random.default_rng([seed, i, take]), np.random.default_rng([seed, i]))
-            x = x - np.hanning(len(x)) * (x.sum() / np.hanning(len(x)).sum())  # no offset, at 2 to 20 Hz
+            hump = np.hanning(len(x))  # takes the offset away below the audible
+            x = x - hump * (x.sum() / hump.sum())
             fade = min(len(x), RATE_HZ // 50)
             x[-fade:] *= np.linspace(1, 0, fade)
             x[:24] *= np.linspace(0, 1, 24)

@@ -56,9 +56,7 @@ def convolve(x: np.ndarray, response: np.ndarray) -> np.ndarray:
     spectrum = np.fft.rfft(response.astype(np.float32), size)
     out = np.zeros((*x.shape[:-1], x.shape[-1] + m - 1), np.float32)
     for first in range(0, x.shape[-1], block):
-        piece = np.fft.irfft(
-            np.fft.rfft(x[..., first : first + block].astype(np.float32), size) * spectrum, size
-        )
+        piece = np.fft.irfft(np.fft.rfft(x[..., first : first + block].astype(np.float32), size) * spectrum, size)
         last = min(first + size, out.shape[-1])
         out[..., first:last] += piece[..., : last - first].astype(np.float32)
     return out

@@ -182,8 +182,7 @@ class Form:
     def sections(self) -> list[Section]:
         """Sections in order, without gaps from 0 to the end of the song."""
         firsts = [
-            next(i for i, bar in enumerate(self.bars) if bar.section == s)
-            for s in range(len(self.section_names))
+            next(i for i, bar in enumerate(self.bars) if bar.section == s) for s in range(len(self.section_names))
         ]
         edges = [0.0] + [self.time_s(first) for first in firsts[1:]] + [self.duration_s]
         return [Section(name, edges[i], edges[i + 1]) for i, name in enumerate(self.section_names)]
@@ -243,9 +242,7 @@ def _bars_of(progression: str, key: Key, sevenths: bool) -> list[tuple[tuple[flo
         chords = []
         for i, numeral in enumerate(parts):
             step, triad, seventh = _NUMERALS[numeral]
-            chords.append(
-                (BEATS_PER_BAR * i / len(parts), (key.tonic + step) % 12, seventh if sevenths else triad)
-            )
+            chords.append((BEATS_PER_BAR * i / len(parts), (key.tonic + step) % 12, seventh if sevenths else triad))
         bars.append(tuple(chords))
     return bars
 
@@ -269,9 +266,7 @@ def write_form(
     offset_s = float(rng.uniform(0.02, 0.3))
     n_bars = int((duration_s - offset_s - 0.2) / bar_s)
     if n_bars < 1:
-        raise ParamError(
-            f"a song of {tempo_bpm:.0f} bpm needs at least {bar_s + 0.5:.1f} s, got {duration_s:.2f}"
-        )
+        raise ParamError(f"a song of {tempo_bpm:.0f} bpm needs at least {bar_s + 0.5:.1f} s, got {duration_s:.2f}")
     key = Key(int(rng.integers(12)), mode or ("major" if rng.random() < 0.6 else "minor"))
     bank = PROGRESSIONS[key.mode]
     first, second = rng.choice(len(bank), size=2, replace=False)
@@ -283,13 +278,9 @@ def write_form(
     progressions["interlude"] = progressions["chorus" if rng.random() < 0.5 else "verse"]
     progressions["outro"] = progressions["chorus"]
     plan = _lay_out(n_bars, rng)
-    bars = [
-        Bar(section, i, progressions[name][i % 4]) for section, (name, n) in enumerate(plan) for i in range(n)
-    ]
+    bars = [Bar(section, i, progressions[name][i % 4]) for section, (name, n) in enumerate(plan) for i in range(n)]
     step, triad, seventh = _NUMERALS["I" if key.mode == "major" else "i"]
     if n_bars > 1:
         home = ((0.0, (key.tonic + step) % 12, seventh if sevenths else triad),)
         bars[-1] = Bar(bars[-1].section, bars[-1].index, home)
-    return Form(
-        key, float(tempo_bpm), offset_s, float(duration_s), tuple(bars), tuple(name for name, _ in plan)
-    )
+    return Form(key, float(tempo_bpm), offset_s, float(duration_s), tuple(bars), tuple(name for name, _ in plan))

@@ -92,15 +92,11 @@ def _string(
 
 
 def steel_guitar(hz: float, n: int, tone: Tone) -> np.ndarray:
-    return _string(
-        hz, n, tone, slope=1.0, tau_s=0.9, damping=0.10, pluck_at=0.14, stiffness=6e-5, noise=0.06
-    )[None]
+    return _string(hz, n, tone, slope=1.25, tau_s=0.9, damping=0.14, pluck_at=0.14, stiffness=6e-5, noise=0.06)[None]
 
 
 def nylon_guitar(hz: float, n: int, tone: Tone) -> np.ndarray:
-    return _string(
-        hz, n, tone, slope=1.6, tau_s=0.55, damping=0.22, pluck_at=0.22, stiffness=3e-5, noise=0.03
-    )[None]
+    return _string(hz, n, tone, slope=1.6, tau_s=0.55, damping=0.22, pluck_at=0.22, stiffness=3e-5, noise=0.03)[None]
 
 
 def clean_guitar(hz: float, n: int, tone: Tone) -> np.ndarray:
@@ -120,9 +116,7 @@ def clean_guitar(hz: float, n: int, tone: Tone) -> np.ndarray:
 
 def piano(hz: float, n: int, tone: Tone) -> np.ndarray:
     """Two slightly mistuned strings, the second with a longer decay: the double slope of a real piano."""
-    first = _string(
-        hz, n, tone, slope=1.25, tau_s=0.5, damping=0.16, pluck_at=0.12, stiffness=3e-4, noise=0.02
-    )
+    first = _string(hz, n, tone, slope=1.25, tau_s=0.5, damping=0.16, pluck_at=0.12, stiffness=3e-4, noise=0.02)
     second = _string(
         hz * (1 + 4e-4 * tone.detune), n, tone,
         slope=1.4, tau_s=1.6, damping=0.3, pluck_at=0.12, stiffness=3e-4, noise=0.0,
@@ -172,9 +166,7 @@ def strings(hz: float, n: int, tone: Tone) -> np.ndarray:
 def synth_pluck(hz: float, n: int, tone: Tone) -> np.ndarray:
     k = _harmonics(hz, 12000, 48)
     tau = 0.30 * tone.decay / (1 + 0.22 * (k - 1))
-    sides = [
-        partials(hz * k * (1 + d * tone.detune), 1 / k, tau, n, np.zeros(len(k))) for d in (-1.2e-3, 1.2e-3)
-    ]
+    sides = [partials(hz * k * (1 + d * tone.detune), 1 / k, tau, n, np.zeros(len(k))) for d in (-1.2e-3, 1.2e-3)]
     return np.stack(sides)
 
 
@@ -260,9 +252,7 @@ def power_chord(hz: float, n: int, tone: Tone) -> np.ndarray:
         f = np.fft.rfftfreq(2 * n, 0.5 / RATE_HZ)
         f = f[: n + 1]
         cabinet = 1 / (1 + (90 / np.maximum(f, 1)) ** 4) / (1 + (f * tone.dark / 4200) ** 4)
-        cabinet *= (
-            1 + 0.8 * np.exp(-0.5 * ((f - 2400) / 700) ** 2) - 0.35 * np.exp(-0.5 * ((f - 500) / 200) ** 2)
-        )
+        cabinet *= 1 + 0.8 * np.exp(-0.5 * ((f - 2400) / 700) ** 2) - 0.35 * np.exp(-0.5 * ((f - 500) / 200) ** 2)
         takes.append(np.fft.irfft((spectrum * cabinet)[: n // 2 + 1], n)[:n])
     return np.stack(takes).astype(np.float32)
 
@@ -309,5 +299,8 @@ def play(instrument: str, midi: int, duration_s: float, tone: Tone) -> np.ndarra
     envelope[:rise] = 0.5 - 0.5 * np.cos(np.pi * np.arange(min(rise, n)) / rise)
     envelope[n - fall :] *= 0.5 + 0.5 * np.cos(np.pi * (np.arange(fall) + 1) / fall)
     x = x * envelope
+    # decaying sines that start at zero leave a small offset: take it away as a hump of a few hertz
+    hump = np.hanning(n).astype(np.float32)
+    x = x - hump * (x.sum(axis=1, keepdims=True) / hump.sum())
     early = x[:, : min(n, RATE_HZ // 3)]
     return x * np.float32(_NOTE_RMS / max(float(np.sqrt(np.mean(early**2))), 1e-6))

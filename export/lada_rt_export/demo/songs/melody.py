@@ -111,9 +111,7 @@ def _pitches(
         # an arch over the block: up to the middle, back at the end
         arch = centre + 4.0 * np.sin(np.pi * (i + 0.5) / len(rhythm)) - 1.0
         move = np.abs(candidates - midi)
-        weight = (
-            usable * np.exp(-move / 2.2 - np.abs(candidates - arch) / 7.0) * np.where(move == 0, 0.45, 1.0)
-        )
+        weight = usable * np.exp(-move / 2.2 - np.abs(candidates - arch) / 7.0) * np.where(move == 0, 0.45, 1.0)
         midi = int(rng.choice(candidates, p=weight / weight.sum()))
         out.append(midi)
     return out
@@ -146,9 +144,7 @@ def write_melody(rng: np.random.Generator, form: Form, low_midi: int, high_midi:
         if which not in blocks:
             rhythm = _rhythm(rng, form.tempo_bpm, n_bars)
             chords = [form.bars[first + b].chord_at(beat) for b, beat, _ in rhythm]
-            midis = _pitches(
-                rng, rhythm, chords, form.key.pitch_classes, low_midi + lift, high_midi - 3 + lift
-            )
+            midis = _pitches(rng, rhythm, chords, form.key.pitch_classes, low_midi + lift, high_midi - 3 + lift)
             base = 1.0 if name == "chorus" else 0.8
             blocks[which] = [
                 _Sung(b, beat, beats, midi, base * float(rng.uniform(0.85, 1.1)), draw_syllable(rng))
@@ -156,9 +152,7 @@ def write_melody(rng: np.random.Generator, form: Form, low_midi: int, high_midi:
             ]
         sung += [_Sung(first + s.bar, s.beat, s.beats, s.midi, s.level, s.syllable) for s in blocks[which]]
     lag_s = rng.uniform(-0.004, 0.012)
-    starts = [
-        form.time_s(s.bar, s.beat) + lag_s + float(np.clip(rng.normal(0, 0.007), -0.02, 0.02)) for s in sung
-    ]
+    starts = [form.time_s(s.bar, s.beat) + lag_s + float(np.clip(rng.normal(0, 0.007), -0.02, 0.02)) for s in sung]
     notes = []
     for i, s in enumerate(sung):
         end_s = starts[i] + s.beats * form.beat_s * float(rng.uniform(0.93, 1.0))

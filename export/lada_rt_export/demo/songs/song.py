@@ -175,9 +175,7 @@ def _render_drums(score: Score, kit_seed: int, width: float) -> tuple[np.ndarray
     n = _n_samples(score)
     dry, rest = np.zeros((2, n), np.float32), np.zeros((2, n), np.float32)
     kit = draw_kit(kit_seed, sorted({hit.drum for hit in score.arrangement.hits}))
-    panned = {
-        name: [_pan(take[None], width * DRUMS[name][1]) for take in takes] for name, takes in kit.items()
-    }
+    panned = {name: [_pan(take[None], width * DRUMS[name][1]) for take in takes] for name, takes in kit.items()}
     for i, hit in enumerate(score.arrangement.hits):
         track = dry if hit.drum.startswith("kick") else rest
         _place(track, round(hit.start_s * RATE_HZ), panned[hit.drum][i % N_TAKES], hit.velocity)
@@ -208,8 +206,9 @@ def render_accompaniment(score: Score) -> np.ndarray:
     style = score.style
     kit_seed, width = int(rng.integers(1 << 31)), float(rng.uniform(0.6, 1.0))
     drums, rest = _render_drums(score, kit_seed, width)
-    mix = drums * np.float32(10 ** (rng.uniform(-1.5, 1.5) / 20))
-    send = 0.08 * rest
+    drums_gain = np.float32(10 ** ((style.drums_db + rng.uniform(-1.5, 1.5)) / 20))
+    mix = drums * drums_gain
+    send = 0.08 * drums_gain * rest
     duck = _pump(score, style.pump)
     for part in ("bass", "comp", "arp", "pad", "lead"):
         place = getattr(style, part)

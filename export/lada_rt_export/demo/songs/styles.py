@@ -1,8 +1,8 @@
 """Five styles as data: instruments, grooves and words. No two share drums, bass line, harmony part and lead.
 
 A bar has sixteen steps. Drum and chord patterns: `X` accent, `x` stroke, `o` ghost, `.` rest, one bar or two.
-Bass: `step:steps:tone` with R root, 3, 5, 8 octave and a for a step towards the next root. Arpeggio: the digit
-is the voice of the chord, from below.
+Bass: `step:steps:tone` with R root, 3, 5, 8 octave and a for a step towards the next root. Arpeggio: the
+digit is the voice of the chord, from below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A style. `calm` and `full` are drum patterns of verse-like and chorus-like sections, in variants."""
+    """A style. `calm` and `full` are drum patterns of verse-like and chorus-like sections, in variants;
+    `swing` delays odd steps (in steps), `pump` is how far the bass drum ducks the pads."""
 
     name: str
     tempo_low: float
@@ -47,6 +48,7 @@ class Style:
     pad_calm: bool
     lead: Part
     fill: dict[str, str]
+    drums_db: float
     hall_s: float
     pump: float
     names: tuple[str, ...]
@@ -93,8 +95,9 @@ SYNTHPOP = Style(
     arp=Part(("synth_pluck",), 0.35, -9.0, -12),
     pad=Part(("saw_pad",), 0.0, -8.0, -12),
     pad_calm=True,
-    lead=Part(("synth_lead",), 0.1, -7.0, -10),
+    lead=Part(("synth_lead",), 0.1, -5.0, -10),
     fill={"snare": "........x.x.xxxx", "clap": "....X.......X..."},
+    drums_db=-5.0,
     hall_s=1.8,
     pump=0.5,
     names=("synth-pop", "electropop", "eighties synth-pop", "dance pop"),
@@ -133,8 +136,9 @@ BALLAD = Style(
     arp=Part(("steel_guitar",), 0.25, -1.0, -14),
     pad=Part(("strings",), 0.0, -8.0, -9),
     pad_calm=False,
-    lead=Part(("piano", "flute"), -0.1, -5.0, -9),
+    lead=Part(("piano", "flute"), -0.1, -3.0, -9),
     fill={"tom_low": "............x...", "brush": "....x.....x.x.x."},
+    drums_db=-1.0,
     hall_s=2.3,
     pump=0.0,
     names=("acoustic ballad", "folk ballad", "singer-songwriter ballad", "unplugged folk"),
@@ -182,8 +186,9 @@ FUNK = Style(
     arp=Part(("clean_guitar",), 0.45, -8.0, -22),
     pad=Part(("organ",), 0.1, -13.0, -16),
     pad_calm=False,
-    lead=Part(("clean_guitar", "organ"), 0.3, -5.0, -16),
+    lead=Part(("clean_guitar", "organ"), 0.3, -3.0, -16),
     fill={"snare_tight": "....X.x.xx.xX.xx", "kick": "X..x..x.........", "tom_low": "..............x."},
+    drums_db=-3.5,
     hall_s=0.9,
     pump=0.0,
     names=("funk", "funk soul", "soul groove", "seventies funk"),
@@ -228,14 +233,15 @@ BOSSA = Style(
     comp_steps=4,
     comp_centre=60,
     comp=Part(("nylon_guitar",), 0.25, 0.0, -18),
-    arp_patterns=(".",),
+    arp_patterns=("..0...1...2...1.", "0.....1.....2..."),
     arp_steps=4,
     arp_centre=66,
     arp=Part(("electric_piano",), -0.4, -9.0, -16),
     pad=Part(("strings",), -0.1, -13.0, -12),
     pad_calm=False,
-    lead=Part(("flute", "electric_piano"), -0.15, -4.0, -11),
+    lead=Part(("flute", "electric_piano"), -0.15, -2.0, -11),
     fill={"rim": "x.....x.....x...", "conga_high": "..x.x.xx..x.x...", "conga_low": "............xxxx"},
+    drums_db=-3.0,
     hall_s=1.3,
     pump=0.0,
     names=("bossa nova", "latin bossa", "brazilian lounge", "samba-tinged latin"),
@@ -271,13 +277,14 @@ ROCK = Style(
     arp=Part(("clean_guitar",), -0.35, -8.0, -16),
     pad=Part(("organ",), 0.2, -13.0, -14),
     pad_calm=False,
-    lead=Part(("clean_guitar", "synth_lead"), 0.2, -5.0, -12),
+    lead=Part(("clean_guitar", "synth_lead"), 0.2, -3.0, -12),
     fill={
         "snare": "....X...xxxx....",
         "tom_high": "............xx..",
         "tom_low": "..............xx",
         "kick": "X.......X.......",
     },
+    drums_db=-5.0,
     hall_s=1.4,
     pump=0.0,
     names=("rock", "alternative rock", "guitar rock", "arena rock"),

@@ -212,10 +212,9 @@ def _tract_shape(freqs_hz: np.ndarray, singer: Singer, rate_hz: int) -> np.ndarr
     flat = np.abs(_resonators(neutral, np.full((1, 5), 1300.0), z1, rate_hz))[0]
     colour = singer.brightness_db * np.exp(-0.5 * (np.log2(np.maximum(freqs_hz, 1) / 3000) / 0.7) ** 2)
     ripple = sum(
-        2.5 * np.exp(-0.5 * ((freqs_hz - hz * singer.formant_scale) / 250) ** 2)
-        for hz in (5600, 6700, 7900, 9200)
+        2.5 * np.exp(-0.5 * ((freqs_hz - hz * singer.formant_scale) / 250) ** 2) for hz in (5600, 6700, 7900, 9200)
     )
-    ripple = ripple + 7 / (1 + np.exp(-(freqs_hz - 4900 * singer.formant_scale) / 350))
+    ripple = ripple + 11 / (1 + np.exp(-(freqs_hz - 4900 * singer.formant_scale) / 350))
     top = 1 / (1 + (freqs_hz / 13000) ** 6)
     return (10 ** ((colour + ripple) / 20) / np.maximum(flat, 1e-9) * top).astype(np.float32)
 
@@ -260,9 +259,7 @@ def render_voice(notes: Sequence[Note], singer: Singer, rng: np.random.Generator
         + [np.full(n_frames, 3450.0), np.full(n_frames, 4400.0)],
         axis=1,
     )  # [frames, 5]
-    centres = (
-        centres * singer.formant_scale * (1 + 0.01 * np.stack([_wander(rng, n_frames, 100, 0.3)] * 5, axis=1))
-    )
+    centres = centres * singer.formant_scale * (1 + 0.01 * np.stack([_wander(rng, n_frames, 100, 0.3)] * 5, axis=1))
     f0_frames = np.interp(frame_t, sample_t, f0_hz)
     # a singer opens the mouth rather than let the first formant fall below the fundamental
     centres[:, 0] = np.maximum(centres[:, 0], 1.05 * f0_frames)
@@ -310,9 +307,7 @@ def _glottis(
     return body * (damp + (1 - damp) * over)
 
 
-def _hiss_shapes(
-    hiss: list[tuple[float, float, float]], frame_t: np.ndarray, freqs_hz: np.ndarray
-) -> np.ndarray:
+def _hiss_shapes(hiss: list[tuple[float, float, float]], frame_t: np.ndarray, freqs_hz: np.ndarray) -> np.ndarray:
     """[frames, bins] float32 colour of consonant noise: that of the latest consonant."""
     if not hiss:
         return np.zeros((len(frame_t), 1), np.float32)
@@ -333,19 +328,13 @@ def _check(notes: Sequence[Note], rate_hz: int, seed: int) -> None:
     end_s = 0.0
     for i, note in enumerate(notes):
         if note.start_s < end_s - 1e-6 or note.duration_s <= 0:
-            raise ParamError(
-                f"expected notes in order without overlap, got a clash at note {i}; sort and shorten them"
-            )
+            raise ParamError(f"expected notes in order without overlap, got a clash at note {i}; sort and shorten them")
         if not 30 <= note.midi <= 96:
-            raise ParamError(
-                f"expected pitches from MIDI 30 to 96, got {note.midi} at note {i}; transpose it"
-            )
+            raise ParamError(f"expected pitches from MIDI 30 to 96, got {note.midi} at note {i}; transpose it")
         try:
             parse_syllable(note.syllable or "-a")
         except KeyError:
-            raise ParamError(
-                f"expected onset-vowel, got {note.syllable!r}; see CONSONANTS and VOWELS"
-            ) from None
+            raise ParamError(f"expected onset-vowel, got {note.syllable!r}; see CONSONANTS and VOWELS") from None
         end_s = note.start_s + note.duration_s
 
 

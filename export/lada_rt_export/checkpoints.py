@@ -20,7 +20,7 @@ from lada_rt_export.safetensors_file import read_safetensors
 from lada_rt_export.tensor_file import AGAIN, LazyTensor, TensorFile, check_storages, map_file
 from lada_rt_export.torch_files import is_torch_legacy, read_torch_legacy, read_torch_zip
 
-__all__ = ["LazyTensor", "TensorFile", "open_tensors", "select"]
+__all__ = ["LazyTensor", "TensorFile", "open_tensors", "plain_name", "select"]
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
@@ -99,7 +99,7 @@ def select(
     found: dict[str, LazyTensor] = {}
     twice: list[str] = []
     for stored_name, tensor in tensors.items():
-        name = re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", stored_name)
+        name = plain_name(stored_name)
         if not name.startswith(prefix):
             continue
         name = _spelled_as_expected(name[len(prefix) :], expected)
@@ -135,6 +135,11 @@ def select(
             "check that this is the released file and that the sizes given for it are right"
         )
     return {name: found[name] for name in expected if name in found}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the `_orig_mod.` that compiling a module inserts."""
+    return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", name)
 
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:

@@ -152,9 +152,7 @@ def reference_chunks(n_samples: int, chunk_samples: int = CHUNK_SAMPLES) -> list
         ParamError: chunk_samples is below MIN_CHUNK_SAMPLES.
     """
     if chunk_samples < MIN_CHUNK_SAMPLES:
-        raise ParamError(
-            f"chunk_samples must be {MIN_CHUNK_SAMPLES} or more, got {chunk_samples}; use {CHUNK_SAMPLES}"
-        )
+        raise ParamError(f"chunk_samples must be {MIN_CHUNK_SAMPLES} or more, got {chunk_samples}; use {CHUNK_SAMPLES}")
     if n_samples < MIN_CHUNK_SAMPLES:
         raise AudioError(
             f"expected at least {MIN_CHUNK_SAMPLES} samples (15 ms at 48 kHz) of reference audio, got "
@@ -210,16 +208,12 @@ def encode_reference(
     """
     waveform = np.asarray(waveform_48k_mono, dtype=np.float32)
     if waveform.ndim != 1:
-        raise ParamError(
-            f"expected mono reference audio of shape [N], got {waveform.shape}; average the channels"
-        )
+        raise ParamError(f"expected mono reference audio of shape [N], got {waveform.shape}; average the channels")
     chunks = reference_chunks(len(waveform), chunk_samples)
     if bf16:
         waveform = round_bf16(waveform)
     if not np.isfinite(waveform).all():  # after rounding, which overflows at the very end of float32
-        raise AudioError(
-            "expected finite reference audio, got NaN or infinite samples; repair or re-export the file"
-        )
+        raise AudioError("expected finite reference audio, got NaN or infinite samples; repair or re-export the file")
     frame_sum = np.zeros((1, hidden_size), dtype=np.float32)
     frame_count = np.zeros(1, dtype=np.float32)
     for start, stop in chunks:
@@ -252,8 +246,7 @@ def assemble_prefix(
     """
     if order not in PREFIX_ORDERS:
         raise ParamError(
-            f"prefix order must be one of {', '.join(map(repr, PREFIX_ORDERS))}, got {order!r}; "
-            "use 'ref,text'"
+            f"prefix order must be one of {', '.join(map(repr, PREFIX_ORDERS))}, got {order!r}; use 'ref,text'"
         )
     given = [np.asarray(f, dtype=np.float32) for f in (text_feature, ref_feature) if f is not None]
     if not given:
@@ -265,7 +258,5 @@ def assemble_prefix(
         )
     by_name = {"text": text_feature, "ref": ref_feature}
     slots = [by_name[name] for name in order.split(",")]
-    prefix = np.stack([np.zeros_like(given[0]) if s is None else np.asarray(s, np.float32) for s in slots])[
-        None
-    ]
+    prefix = np.stack([np.zeros_like(given[0]) if s is None else np.asarray(s, np.float32) for s in slots])[None]
     return round_bf16(prefix) if bf16 else prefix

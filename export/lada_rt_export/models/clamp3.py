@@ -86,8 +86,7 @@ class Clamp3AudioConfig:
 def _check_heads(hidden_size: int, n_heads: int) -> None:
     if hidden_size % n_heads:
         raise ParamError(
-            f"hidden_size must be a multiple of n_heads, got {hidden_size} and {n_heads}; "
-            "check the model size"
+            f"hidden_size must be a multiple of n_heads, got {hidden_size} and {n_heads}; check the model size"
         )
 
 
@@ -237,9 +236,7 @@ class Clamp3Audio(nn.Module):
         self.audio_model = _Bert(config)
         self.audio_proj = nn.Linear(config.hidden_size, config.output_size)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, collect: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, collect: dict[str, Tensor] | None = None) -> Tensor:
         """The general form, over a sequence of vectors.
 
         Args:

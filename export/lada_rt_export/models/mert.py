@@ -93,8 +93,7 @@ class MertConfig:
             found = config.get(key, wanted)
             if isinstance(found, bool) != isinstance(wanted, bool) or found != wanted:
                 raise CheckpointError(
-                    f"MERT config.json: expected {key} = {wanted!r}, got {found!r}; "
-                    "use the MERT-v1-95M folder"
+                    f"MERT config.json: expected {key} = {wanted!r}, got {found!r}; use the MERT-v1-95M folder"
                 )
         defaults = cls()
         try:
@@ -142,8 +141,7 @@ def _wholes(config: Mapping[str, Any], key: str, default: tuple[int, ...]) -> tu
     value = config.get(key, default)
     if not isinstance(value, list | tuple):
         raise CheckpointError(
-            f"MERT config.json: expected a list of whole numbers for {key}, got {value!r}; "
-            "use the MERT-v1-95M folder"
+            f"MERT config.json: expected a list of whole numbers for {key}, got {value!r}; use the MERT-v1-95M folder"
         )
     return tuple(_whole({key: item}, key, 1) for item in value)
 
@@ -152,8 +150,7 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
         raise CheckpointError(
-            f"MERT config.json: expected a number between 0 and 1 for {key}, got {value!r}; "
-            "use the MERT-v1-95M folder"
+            f"MERT config.json: expected a number between 0 and 1 for {key}, got {value!r}; use the MERT-v1-95M folder"
         )
     return float(value)
 
@@ -180,9 +177,7 @@ def fold_positional_conv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if gain is None or direction is None:
             missing = gain_key if gain is None else direction_key
-            raise CheckpointError(
-                f"MERT: expected {_POS_CONV}{missing}, got none; download pytorch_model.bin again"
-            )
+            raise CheckpointError(f"MERT: expected {_POS_CONV}{missing}, got none; download pytorch_model.bin again")
         v = direction.double()
         weight = gain.double() * v / v.square().sum(dim=(0, 1), keepdim=True).sqrt()
         folded[_POS_CONV + "weight"] = weight.float()

@@ -46,9 +46,7 @@ class RefEncoderStage(nn.Module):
         self.clamp3_audio = clamp3_audio
         self.do_normalize = do_normalize
 
-    def forward(
-        self, waveform: Tensor, frame_sum: Tensor, frame_count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, waveform: Tensor, frame_sum: Tensor, frame_count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add one chunk.
 
         Args:

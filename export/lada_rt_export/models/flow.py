@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ __all__ = ["DEAD_KEYS", "KEY_PREFIX", "Flow", "FlowConfig", "position_table", "t
 #: what the names start with in mucodec.pt
 KEY_PREFIX = "cfm_wrapper.estimator."
 #: the position table is not stored, should a file hold one it is not read
-DEAD_KEYS = (re.compile(r"pos_embed\.pos_embed$"),)
+DEAD_KEYS = (r"pos_embed\.pos_embed",)
 
 #: base grid 192 over interpolation scale 6: the coordinate range every grid is stretched to
 _POSITION_SPAN = 32.0
@@ -194,9 +193,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.ffn_multiple * config.dim
         # the released names are net.0.proj and net.2
-        self.net = nn.Sequential(
-            GeluProjection(config.dim, hidden), nn.Identity(), nn.Linear(hidden, config.dim)
-        )
+        self.net = nn.Sequential(GeluProjection(config.dim, hidden), nn.Identity(), nn.Linear(hidden, config.dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

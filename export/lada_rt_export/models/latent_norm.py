@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 from lada_rt.errors import CheckpointError
@@ -16,8 +14,8 @@ __all__ = ["DEAD_KEYS", "KEY_PREFIX", "MIN_COUNTS", "LatentNorm"]
 
 #: what the names start with in mucodec.pt
 KEY_PREFIX = "normfeat."
-#: names, after the prefix, that inference never reads
-DEAD_KEYS = (re.compile(r"sum_target_x2$"),)
+#: expressions for whole names, after the prefix, that inference never reads
+DEAD_KEYS = (r"sum_target_x2",)
 #: with fewer samples than this the reference still updates the statistics, at inference too
 MIN_COUNTS = 100_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from lada_rt.errors import ParamError
 from torch import Tensor, nn
 
 from lada_rt_export.models.mucodec_common import Float32Buffers, check_positive, group_norm_f32
-from lada_rt_export.models.mucodec_common import released_state as pick
+from lada_rt_export.models.weights import select_weights
 
 __all__ = ["DEAD_KEYS", "KEY_PREFIX", "SCALE_FACTOR_KEY", "MelVAE", "MelVAEConfig", "released_state"]
 
@@ -21,7 +20,7 @@ KEY_PREFIX = "first_stage_model."
 #: stored without the prefix; in the module's state dict under the same name
 SCALE_FACTOR_KEY = "scale_factor"
 #: the encoder half serves audio prompts only; the vocoder has its own module
-DEAD_KEYS = (re.compile(r"encoder\."), re.compile(r"quant_conv\."), re.compile(r"vocoder\."))
+DEAD_KEYS = (r"encoder\..*", r"quant_conv\..*", r"vocoder\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,7 @@ class MelVAEConfig:
         check_positive(self, "channels", "n_res_blocks", "latent_channels", "embed_channels", "out_channels")
         check_positive(self, "norm_groups", "attention_block")
         if not self.multiples:
-            raise ParamError(
-                "MelVAEConfig.multiples must name one level at least, got none; correct the config"
-            )
+            raise ParamError("MelVAEConfig.multiples must name one level at least, got none; correct the config")
         for multiple in self.multiples:
             if multiple < 1 or self.channels * multiple % self.norm_groups:
                 raise ParamError(
@@ -57,7 +54,7 @@ class MelVAEConfig:
 
 def released_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This network's tensors of audioldm_48k.pth, the scale factor among them."""
-    state = pick(tensors, KEY_PREFIX, DEAD_KEYS)
+    state = select_weights(tensors, KEY_PREFIX, DEAD_KEYS)
     if SCALE_FACTOR_KEY in tensors:
         state[SCALE_FACTOR_KEY] = tensors[SCALE_FACTOR_KEY]
     return state

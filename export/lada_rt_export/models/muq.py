@@ -37,14 +37,14 @@ CONSTANT_KEYS = {
     "filterbank": "preprocessor_melspec_2048.mel_stft.mel_scale.fb",
     "inv_freq": "conformer.embed_positions.inv_freq",
 }
-#: names, after the prefix, that inference never reads
+#: expressions for whole names, after the prefix, that inference never reads; see also `dead_keys`
 DEAD_KEYS = (
-    re.compile(r".*\.num_batches_tracked$"),
-    re.compile(r"cls_token$"),
-    re.compile(r"linear\."),
-    re.compile(r"conformer\.pos_conv_embed\."),
-    re.compile(r"quantizer_melspec_2048\."),
-    re.compile(r"rvq\."),
+    r".*\.num_batches_tracked",
+    r"cls_token",
+    r"linear\..*",
+    r"conformer\.pos_conv_embed\..*",
+    r"quantizer_melspec_2048\..*",
+    r"rvq\..*",
 )
 
 
@@ -82,21 +82,19 @@ class MuQConfig:
                 "correct the config"
             )
         if self.depthwise_kernel % 2 == 0:
-            raise ParamError(
-                f"MuQConfig.depthwise_kernel must be odd, got {self.depthwise_kernel}; correct the config"
-            )
+            raise ParamError(f"MuQConfig.depthwise_kernel must be odd, got {self.depthwise_kernel}; correct the config")
 
 
-def dead_keys(config: MuQConfig) -> tuple[re.Pattern[str], ...]:
-    """Patterns of the stored names, after the prefix, that a `MuQ(config)` does not hold.
+def dead_keys(config: MuQConfig) -> tuple[str, ...]:
+    """Expressions for the whole stored names, after the prefix, that a `MuQ(config)` does not hold.
 
     Beside DEAD_KEYS these are the constants, the layers past `n_layers` and, without `final_norm`, the
     closing norm.
     """
-    constants = tuple(re.compile(re.escape(name) + "$") for name in CONSTANT_KEYS.values())
+    constants = tuple(re.escape(name) for name in CONSTANT_KEYS.values())
     kept = "|".join(str(i) for i in range(config.n_layers))
-    layers = re.compile(rf"conformer\.layers\.(?!(?:{kept})\.)" if kept else r"conformer\.layers\.")
-    closing = () if config.final_norm else (re.compile(r"conformer\.layer_norm\."),)
+    layers = rf"conformer\.layers\.(?!(?:{kept})\.).*" if kept else r"conformer\.layers\..*"
+    closing = () if config.final_norm else (r"conformer\.layer_norm\..*",)
     return (*DEAD_KEYS, *constants, layers, *closing)
 
 

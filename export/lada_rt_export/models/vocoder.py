@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ __all__ = ["DEAD_KEYS", "KEY_PREFIX", "Vocoder", "VocoderConfig", "vocode_in_chu
 #: what the names start with in audioldm_48k.pth, inside its entry "state_dict"
 KEY_PREFIX = "first_stage_model.vocoder."
 #: every stored name is read
-DEAD_KEYS: tuple[re.Pattern[str], ...] = ()
+DEAD_KEYS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
         self.convs1 = nn.ModuleList(
-            nn.Conv1d(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2)
-            for d in dilations
+            nn.Conv1d(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2) for d in dilations
         )
-        self.convs2 = nn.ModuleList(
-            nn.Conv1d(channels, channels, kernel, padding=(kernel - 1) // 2) for _ in dilations
-        )
+        self.convs2 = nn.ModuleList(nn.Conv1d(channels, channels, kernel, padding=(kernel - 1) // 2) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         for dilated, plain in zip(self.convs1, self.convs2, strict=True):
@@ -111,9 +107,7 @@ class Vocoder(nn.Module):
 
 
 @torch.no_grad()
-def vocode_in_chunks(
-    vocoder: Vocoder, mel: Tensor, chunk_frames: int = 1024, shift_frames: int = 256
-) -> Tensor:
+def vocode_in_chunks(vocoder: Vocoder, mel: Tensor, chunk_frames: int = 1024, shift_frames: int = 256) -> Tensor:
     """Vocode in overlapping chunks with linear crossfades, as the public code does.
 
     Three times the work of one pass for the same sound: for parity checks and the baseline measurement.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +26,8 @@ __all__ = [
 KEY_PREFIX = "rvq_muencoder_emb.quantizers.0."
 #: the linear layer from quantised vectors to condition vectors, in mucodec.pt: `.weight` and `.bias`
 CONDITION_KEY_PREFIX = "cond_muencoder_emb."
-#: names, after the prefix, that inference never reads
-DEAD_KEYS = (re.compile(r"stale_counter$"),)
+#: expressions for whole names, after the prefix, that inference never reads
+DEAD_KEYS = (r"stale_counter",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,10 +112,13 @@ def test_tracks_are_sane(style: str) -> None:
 def test_annotations_cover_the_song(style: str) -> None:
     song = song_of(style, 7, 45.0)
     assert 70 <= song.tempo_bpm <= 150
-    for spans in (song.chords, song.sections):
-        assert spans[0].start_s == 0
-        assert spans[-1].end_s == 45.0
-        assert all(a.end_s == b.start_s and a.end_s > a.start_s for a, b in pairwise(spans))
+    chords = [(c.start_s, c.end_s) for c in song.chords]
+    sections = [(s.start_s, s.end_s) for s in song.sections]
+    for spans in (chords, sections):
+        assert spans[0][0] == 0
+        assert spans[-1][1] == 45.0
+        assert all(end == start for (_, end), (start, _) in pairwise(spans))
+        assert all(end > start for start, end in spans)
     assert all(0 <= c.root < 12 and c.quality in QUALITIES for c in song.chords)
     names = [s.name for s in song.sections]
     assert names[0] == "intro"
@@ -212,6 +215,30 @@ def test_voice_sounds_like_one() -> None:
         assert band(16000, 24000) < band(80, 4000) - 35
         assert band(0, 50) < band(80, 4000) - 25
         assert np.abs(np.diff(x)).max() < 0.4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_legato_vowels_do_not_click(seed: int) -> None:
+    """Above 14 kHz a click stands out of the breath; changes of pitch, vowel and level must not."""
+    syllables = ["-a", "m-e", "-i", "l-o", "-ai", "w-u", "-er", "-ou", "n-a", "r-ei"]
+    midis = [57, 59, 61, 62, 69, 57, 60, 64, 62, 57]
+    notes = [
+        Note(0.3 + 0.4 * i, 0.4, m, 0.7 + 0.3 * (i % 2), s)
+        for i, (m, s) in enumerate(zip(midis, syllables, strict=True))
+    ]
+    voice = render_voice(notes, draw_singer(np.random.default_rng(seed)), np.random.default_rng(seed), RATE)
+
+    def loudest(x: np.ndarray) -> float:
+        spectrum = np.fft.rfft(x)
+        spectrum[: int(14000 * len(x) / RATE)] = 0
+        level = np.sqrt(np.mean(frames_of(np.fft.irfft(spectrum, len(x)), 240, 120) ** 2, axis=1))
+        return float(level.max() / np.percentile(level, 90))
+
+    assert loudest(voice) < 3
+    # the same with a step of a fifth of the peak: the test sees a click
+    clicked = voice.copy()
+    clicked[2 * RATE :] += 0.2 * np.abs(voice).max()
+    assert loudest(clicked) > 4
 
 
 def test_phrase_fits_its_score_and_needs_numpy_alone() -> None:
@@ -314,20 +341,20 @@ def style_features(x: np.ndarray) -> np.ndarray:
 
 
 def test_styles_can_be_told_apart() -> None:
-    """A nearest-centroid rule over band energies, from five songs a style, names unheard songs."""
+    """A nearest-centroid rule over band energies, from four songs a style, names unheard songs."""
 
     def features(style: str, seed: int) -> np.ndarray:
         score = compose(seed, style=style, duration_s=10.0)
         return style_features(render_accompaniment(score).mean(axis=0))
 
     names = list(STYLES)
-    known = np.stack([[features(s, 100 + i) for i in range(5)] for s in names])  # [styles, songs, features]
+    known = np.stack([[features(s, 100 + i) for i in range(4)] for s in names])  # [styles, songs, features]
     spread = (known - known.mean(axis=1, keepdims=True)).std(axis=(0, 1))
     centres = known.mean(axis=1) / spread
     right = [
         int(np.argmin(np.square(features(s, 200 + i) / spread - centres).sum(axis=1))) == names.index(s)
         for s in names
-        for i in range(3)
+        for i in range(2)
     ]
     assert np.mean(right) >= 0.85  # chance: 0.2
 

@@ -50,8 +50,7 @@ def small_room(x: np.ndarray, rate_hz: int, wet: float, rng: np.random.Generator
 def convolve(x: np.ndarray, response: np.ndarray) -> np.ndarray:
     """Full linear convolution along the last axis by FFT in blocks; float32 in, float32 out."""
     m = response.shape[-1]
-    block = max(4 * m, 1 << 15)
-    size = 1 << int(np.ceil(np.log2(block + m - 1)))
+    size = 1 << max(15, int(np.ceil(np.log2(2 * m))))
     block = size - m + 1
     spectrum = np.fft.rfft(response.astype(np.float32), size)
     out = np.zeros((*x.shape[:-1], x.shape[-1] + m - 1), np.float32)

@@ -48,7 +48,7 @@ class Consonant:
 
 
 CONSONANTS: dict[str, Consonant] = {
-    "": Consonant(0.02, 0.2),
+    "": Consonant(0.02, 0.55),
     "m": Consonant(0.075, 0.55, locus=(260, 1000, 2200), damp=14),
     "n": Consonant(0.07, 0.55, locus=(260, 1600, 2600), damp=12),
     "l": Consonant(0.06, 0.65, locus=(350, 1100, 2600), damp=5),

@@ -132,7 +132,7 @@ def render_vocal(score: Score) -> np.ndarray:
     sung = render_voice(score.melody, score.singer, rng, RATE_HZ)
     sung = small_room(sung, RATE_HZ, score.singer.room, rng)
     mono[: min(n, len(sung))] = sung[:n]
-    level = np.float32(10 ** (rng.uniform(-3, 4) / 20))
+    level = np.float32(10 ** (rng.uniform(-2, 6) / 20))
     stereo = np.stack([mono, mono]) * level
     if rng.random() < 0.5:
         wet = np.float32(10 ** (rng.uniform(-26, -14) / 20))

@@ -1,14 +1,16 @@
-"""Tensor names, shapes and parameter counts of the full-size MuCodec networks against the released files."""
+"""MuCodec configs: names, shapes and counts of the full-size networks against the released files, refused sizes."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lada_rt.errors import ParamError
 from lada_rt_export.models import flow, latent_norm, mel_vae, muq, vocoder, vq
 from lada_rt_export.models.weights import select_weights
 from torch import nn
@@ -119,3 +121,24 @@ def test_parameter_counts() -> None:
     assert count(modules[flow.KEY_PREFIX]) == 742_381_328
     assert count(modules[mel_vae.KEY_PREFIX]) == 133_524_241
     assert count(modules[vocoder.KEY_PREFIX]) == 190_281_889
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (muq.MuQConfig, {"dim": 10, "n_heads": 3}),
+        (muq.MuQConfig, {"n_layers": -1}),
+        (muq.MuQConfig, {"depthwise_kernel": 30}),
+        (vq.VQConfig, {"codebook_size": 0}),
+        (flow.FlowConfig, {"n_heads": 3, "head_dim": 3}),
+        (flow.FlowConfig, {"latent_frames": 511}),
+        (mel_vae.MelVAEConfig, {"multiples": ()}),
+        (mel_vae.MelVAEConfig, {"channels": 40}),
+        (vocoder.VocoderConfig, {"rates": (2,)}),
+        (vocoder.VocoderConfig, {"dilations": ((1,),)}),
+        (vocoder.VocoderConfig, {"initial_channels": 48}),
+    ],
+)
+def test_impossible_sizes_are_refused(config: Callable[..., object], options: dict[str, Any]) -> None:
+    with pytest.raises(ParamError):
+        config(**options)

@@ -330,44 +330,10 @@ def check_flow_stage(golden_case: Path) -> None:
     close(norm.denormalise(x), t["latents_out"], **INFER)
 
 
-def test_folded_condition_equals_the_unfolded_one() -> None:
-    torch.manual_seed(3)
-    config = vq.VQConfig(dim=96, codebook_size=40, codebook_dim=8, condition_dim=512)
-    quantiser, linear = vq.VQ(config), vq.condition_linear(config)
-    weight, bias = vq.fold_condition(quantiser, linear)
-    codes = torch.arange(40).reshape(1, -1)
-    unfolded = linear(quantiser.decode(codes).transpose(1, 2))
-    close(quantiser.codebook(codes) @ weight + bias, unfolded, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ParamError, match="must take 96 features, it takes 95"):
-        vq.fold_condition(quantiser, nn.Linear(95, 512))
-
-
-def test_condition_grid_follows_the_index_formula() -> None:
-    vectors = torch.arange(2 * 6 * 512, dtype=torch.float32).reshape(2, 6, 512)
-    grid = vq.condition_grid(vectors)
-    assert grid.shape == (2, 32, 3, 32)
-    c, k, f = torch.meshgrid(torch.arange(32), torch.arange(3), torch.arange(32), indexing="ij")
-    assert torch.equal(grid, vectors[:, 2 * k + c // 16, (c % 16) * 32 + f])
-
-
 def test_flow_refuses_another_grid() -> None:
     model = flow.Flow(flow.FlowConfig(n_layers=1, n_heads=1, head_dim=4, latent_frames=4))
     with pytest.raises(ParamError, match="built for a 4 x 32 grid, got 6 x 32"):
         model(torch.zeros(1, 96, 6, 32), torch.zeros(1))
-
-
-def test_unconditional_rows_ignore_the_codes() -> None:
-    torch.manual_seed(4)
-    config = vq.VQConfig(dim=16, codebook_size=10, codebook_dim=4)
-    dit = flow.Flow(flow.FlowConfig(n_layers=1, n_heads=2, head_dim=4, latent_frames=4))
-    stage = FlowStage(dit, vq.VQ(config), vq.condition_linear(config))
-    x, context = torch.randn(2, 2, 32, 4, 32)
-    codes, t = torch.randint(10, (2, 8)), torch.tensor([0.2, 0.7])
-    flags = torch.tensor([0.0, 1.0])
-    first, second = stage(x, context, codes, flags, t), stage(x, context, (codes + 1) % 10, flags, t)
-    assert torch.equal(first[0], second[0])
-    assert not torch.allclose(first[1], second[1])
-    assert not torch.allclose(first[0], stage(x, context, codes, flags.flip(0), t)[0])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-2), (torch.bfloat16, 4e-2)])
@@ -514,30 +480,6 @@ def test_released_vocoder_adds_sixteen_samples() -> None:
 def test_chunk_shift_is_checked() -> None:
     with pytest.raises(ParamError, match="between 0 and chunk_frames = 8, got 8"):
         vocoder.vocode_in_chunks(small_vocoder(), torch.zeros(1, 256, 9), 8, 8)
-
-
-# ---- configs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        (muq.MuQConfig, {"dim": 10, "n_heads": 3}),
-        (muq.MuQConfig, {"n_layers": -1}),
-        (muq.MuQConfig, {"depthwise_kernel": 30}),
-        (vq.VQConfig, {"codebook_size": 0}),
-        (flow.FlowConfig, {"n_heads": 3, "head_dim": 3}),
-        (flow.FlowConfig, {"latent_frames": 511}),
-        (mel_vae.MelVAEConfig, {"multiples": ()}),
-        (mel_vae.MelVAEConfig, {"channels": 40}),
-        (vocoder.VocoderConfig, {"rates": (2,)}),
-        (vocoder.VocoderConfig, {"dilations": ((1,),)}),
-        (vocoder.VocoderConfig, {"initial_channels": 48}),
-    ],
-)
-def test_impossible_sizes_are_refused(config: Callable[..., object], options: dict[str, Any]) -> None:
-    with pytest.raises(ParamError):
-        config(**options)
 
 
 @pytest.mark.parametrize("kind", COMMITTED)

@@ -94,13 +94,10 @@ def read_pickle(data: bytes | io.BytesIO, source: str, hooks: Hooks | None = Non
         return machine.run(stream)
     except _Bad as error:
         reason = str(error)
-    except (
-        Exception
-    ) as error:  # genops and the hooks meet arbitrary bytes: whatever they raise means a damaged file
+    except Exception as error:  # genops and the hooks meet arbitrary bytes: whatever they raise means a damaged file
         reason = f"{type(error).__name__} while reading opcode {machine.n_opcodes}"
     raise CheckpointError(
-        f"{source}: expected an intact pickle, got one that cannot be read ({reason}); "
-        "download the file again"
+        f"{source}: expected an intact pickle, got one that cannot be read ({reason}); download the file again"
     )
 
 

@@ -61,8 +61,7 @@ def read_entries(buffer: memoryview, source: str) -> dict[str, Entry]:
         return _read_entries(buffer)
     except (_Bad, struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{source}: expected a complete torch zip file, got a damaged one ({error}); "
-            "download the file again"
+            f"{source}: expected a complete torch zip file, got a damaged one ({error}); download the file again"
         ) from error
 
 
@@ -137,9 +136,7 @@ def _directory(buffer: memoryview) -> tuple[int, int, int, int]:
         _, _, end64_at, _ = _END64_LOCATOR.unpack_from(buffer, locator_at)
         if end64_at + _END64.size > locator_at:
             raise _Bad("the zip64 end record lies outside the file")
-        signature, _, _, _, disk, directory_disk, n_disk, n64, size64, start64 = _END64.unpack_from(
-            buffer, end64_at
-        )
+        signature, _, _, _, disk, directory_disk, n_disk, n64, size64, start64 = _END64.unpack_from(buffer, end64_at)
         if signature != b"PK\x06\x06":
             raise _Bad("no zip64 end record")
         for small, large, limit in ((n_entries, n64, _U16), (size, size64, _U32), (start, start64, _U32)):

@@ -50,11 +50,7 @@ def _read(file: TensorFile) -> None:
         if name == "__metadata__":
             continue
         dtype, shape, (begin, end) = _DTYPES.get(item["dtype"]), item["shape"], item["data_offsets"]
-        if (
-            not isinstance(shape, list)
-            or len(shape) > MAX_AXES
-            or not all(map(is_count, (*shape, begin, end)))
-        ):
+        if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(is_count, (*shape, begin, end))):
             raise ValueError("a tensor with an impossible shape or offset")
         if begin > end or data_start + end > len(file.buffer):
             raise ValueError("a tensor outside the file")

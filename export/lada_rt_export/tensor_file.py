@@ -152,6 +152,7 @@ class TensorFile:
     """An open checkpoint: `root` is its structure as data, with `LazyTensor` leaves and inert `Foreign`s.
 
     `source` is the file name for messages, `kind` the container, `places` where each storage's bytes lie.
+    The file must not be written to while it is open; replacing it whole (a rename) does no harm.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:
@@ -310,8 +311,7 @@ def check_storages(file: TensorFile) -> None:
         if need and (place is None or place.size < need):
             got = "no such entry" if place is None else f"{place.size}"
             raise CheckpointError(
-                f"{file.source}: expected {need} bytes of storage {tensor.storage.key[:80]!a}, got {got}; "
-                f"{AGAIN}"
+                f"{file.source}: expected {need} bytes of storage {tensor.storage.key[:80]!a}, got {got}; {AGAIN}"
             )
 
 

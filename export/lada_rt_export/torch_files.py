@@ -113,9 +113,7 @@ def read_torch_legacy(file: TensorFile) -> None:
     for key in keys if isinstance(keys, list) else []:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in file.places or at + 8 > len(file.buffer):
-            raise CheckpointError(
-                f"{file.source}: expected the storages the file lists, got {key!r:.80}; {AGAIN}"
-            )
+            raise CheckpointError(f"{file.source}: expected the storages the file lists, got {key!r:.80}; {AGAIN}")
         (n_items,) = struct.unpack_from("<q", file.buffer, at)
         if n_items != storage.n_items or at + 8 + storage.n_bytes > len(file.buffer):
             raise CheckpointError(
@@ -172,9 +170,7 @@ def _hooks(file: TensorFile, storages: dict[str, Storage]) -> Hooks:
     return Hooks(call, persistent)
 
 
-def _tensor(
-    file: TensorFile, storage: Storage, dtype: str, offset: Any, shape: Any, stride: Any
-) -> LazyTensor:
+def _tensor(file: TensorFile, storage: Storage, dtype: str, offset: Any, shape: Any, stride: Any) -> LazyTensor:
     """Check that every element lies inside the storage. Python integers: no product here can overflow."""
     if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) != len(stride):
         raise ValueError("a tensor whose shape and strides do not match")

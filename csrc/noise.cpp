@@ -33,7 +33,13 @@ void sin_cos_turn(uint32_t word, float* sine, float* cosine) {
 
 }  // namespace
 
-void philox_block(const uint32_t counter[4], uint64_t key, uint32_t out[4]) { philox4x32(counter, key, out); }
+void philox_block(const uint32_t counter[4], uint64_t key, uint32_t out[4]) {
+  const PhiloxState c = philox(counter[0], counter[1], counter[2], counter[3], key);
+  out[0] = c.c0;
+  out[1] = c.c1;
+  out[2] = c.c2;
+  out[3] = c.c3;
+}
 
 void philox_normal(uint64_t seed, uint32_t window, int64_t n, float* out) {
   if (n < 0 || n / 4 > 0xffffffffLL) {
@@ -42,7 +48,7 @@ void philox_normal(uint64_t seed, uint32_t window, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 4) {
     const uint32_t counter[4] = {static_cast<uint32_t>(i / 4), window, 0, kStreamFlow};
     uint32_t word[4];
-    philox4x32(counter, seed, word);
+    philox_block(counter, seed, word);
     float z[4];
     for (int pair = 0; pair < 4; pair += 2) {
       // Box and Muller: radius sqrt(2 Exp(1)); IEEE square root, the same everywhere.

@@ -131,31 +131,36 @@ inline int32_t order_key(float x) {
   return b ^ ((b >> 31) & 0x7fffffff);
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011). counter and key are updated in registers; out receives four words.
-inline void philox4x32(const uint32_t counter[4], uint64_t key, uint32_t out[4]) {
-  uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
+// Philox4x32-10 (Salmon et al., SC 2011). The rounds are straight-line code, so that a loop over tokens vectorises.
+struct PhiloxState {
+  uint32_t c0, c1, c2, c3;
+};
+
+inline PhiloxState philox_round(PhiloxState c, uint32_t k0, uint32_t k1) {
+  const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c.c0;
+  const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c.c2;
+  return {static_cast<uint32_t>(p1 >> 32) ^ c.c1 ^ k0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ c.c3 ^ k1, static_cast<uint32_t>(p0)};
+}
+
+inline PhiloxState philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
+  constexpr uint32_t w0 = 0x9E3779B9u, w1 = 0xBB67AE85u;
+  const uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  PhiloxState c = {c0, c1, c2, c3};
+  c = philox_round(c, k0, k1);
+  c = philox_round(c, k0 + w0, k1 + w1);
+  c = philox_round(c, k0 + 2 * w0, k1 + 2 * w1);
+  c = philox_round(c, k0 + 3 * w0, k1 + 3 * w1);
+  c = philox_round(c, k0 + 4 * w0, k1 + 4 * w1);
+  c = philox_round(c, k0 + 5 * w0, k1 + 5 * w1);
+  c = philox_round(c, k0 + 6 * w0, k1 + 6 * w1);
+  c = philox_round(c, k0 + 7 * w0, k1 + 7 * w1);
+  c = philox_round(c, k0 + 8 * w0, k1 + 8 * w1);
+  return philox_round(c, k0 + 9 * w0, k1 + 9 * w1);
 }
 
 inline uint32_t philox_word(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t stream, uint64_t key) {
-  const uint32_t counter[4] = {c0, c1, c2, stream};
-  uint32_t out[4];
-  philox4x32(counter, key, out);
-  return out[0];
+  return philox(c0, c1, c2, stream, key).c0;
 }
 
 }  // namespace

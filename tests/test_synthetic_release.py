@@ -199,7 +199,7 @@ def test_outputs_are_finite_and_not_saturated(tiny: SyntheticRelease) -> None:
         assert 0.1 < deviation(audio(frames.mean(1, keepdim=True))) < 10
         hidden = release.muq().build(muq.MuQ)(0.1 * torch.randn(1, 96000, generator=rng))
         assert 0.1 < deviation(hidden) < 10
-        assert len(release.vq().build(vq.VQ).encode(hidden.transpose(1, 2)).unique()) > 2
+        assert len(release.vq().build(vq.VQ).encode(hidden.transpose(1, 2)).unique()) > 20  # of 100 frames
         estimator = release.flow().build(flow.Flow)
         assert 0.1 < deviation(estimator(torch.randn(1, 96, 512, 32, generator=rng), torch.full((1,), 0.5))) < 10
         mel = release.mel_vae().build(mel_vae.MelVAE)(torch.randn(1, 16, 8, 32, generator=rng))

@@ -40,6 +40,12 @@ _GAINS: Final = tuple(
 )
 _EMBEDDING: Final = re.compile(r".*(embed\w*|embeddings|codebook|cls_token)(\.weight)?$|.*token_type_emb")
 _NORM: Final = re.compile(r".*(norm\w*|LayerNorm|\.bn\d|batch_norm)\.weight$")
+#: (pattern, n): every n consecutive weights sum to zero. Without this the level of the input, which rectifiers pass on,
+#: outweighs its changes, and every frame of an encoding becomes the same code.
+_CENTRED: Final = (
+    (re.compile(r".*conv\.conv\.\d\.conv\d\.weight$"), 9),  # the taps of a filter
+    (re.compile(r".*model\.conv\.linear\.weight$"), 32),  # the frequencies of a channel
+)
 _TABLE: Final = re.compile(r".*scale_shift_table$")
 
 
@@ -60,9 +66,12 @@ def tensor_values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDAr
         return
     rng = _rng(name, seed)
     scale, offset = _distribution(name, shape)
-    n = math.prod(shape)
-    for start in range(0, n, _CHUNK):
-        values = rng.standard_normal(min(_CHUNK, n - start), dtype=np.float32)
+    group = next((size for pattern, size in _CENTRED if pattern.match(name)), 1)
+    n, step = math.prod(shape), _CHUNK // group * group
+    for start in range(0, n, step):
+        values = rng.standard_normal(min(step, n - start), dtype=np.float32)
+        if group > 1:
+            values = (values.reshape(-1, group) - values.reshape(-1, group).mean(1, keepdims=True)).reshape(-1)
         values *= np.float32(scale)
         values += np.float32(offset)
         yield values

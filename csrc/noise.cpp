@@ -31,6 +31,11 @@ void sin_cos_turn(uint32_t word, float* sine, float* cosine) {
   *cosine = (quadrant + 1u) & 2u ? -swap_c : swap_c;
 }
 
+// -ln((word + 1/2) / 2^32), precise at both ends: near 1 it is taken from the complement, which is small.
+float minus_log_unit(uint32_t word) {
+  return word < 0x80000000u ? -log_normal(unit_of(word)) : exponential_of(unit_of(~word));
+}
+
 }  // namespace
 
 void philox_block(const uint32_t counter[4], uint64_t key, uint32_t out[4]) {
@@ -51,8 +56,8 @@ void philox_normal(uint64_t seed, uint32_t window, int64_t n, float* out) {
     philox_block(counter, seed, word);
     float z[4];
     for (int pair = 0; pair < 4; pair += 2) {
-      // Box and Muller: radius sqrt(2 Exp(1)); IEEE square root, the same everywhere.
-      const float radius = std::sqrt(2.0f * exponential_of(unit_of(word[pair])));
+      // Box and Muller; IEEE square root, the same everywhere.
+      const float radius = std::sqrt(2.0f * minus_log_unit(word[pair]));
       float sine, cosine;
       sin_cos_turn(word[pair + 1], &sine, &cosine);
       z[pair] = radius * cosine;

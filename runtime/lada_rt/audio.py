@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +28,13 @@ __all__ = [
     "check_output_path",
     "load_audio",
     "mix_vocal",
+    "to_pcm16",
     "wav_header",
     "write_audio",
 ]
 
 log = logging.getLogger("lada_rt")
+log.addHandler(logging.NullHandler())  # what an application does not ask for, it does not get
 
 #: a path, or (samples [N] or [C, N] float, sample rate in Hz)
 AudioInput = str | os.PathLike[str] | tuple[np.ndarray, int]
@@ -89,6 +91,8 @@ def load_audio(
     _check_segment(start_s, end_s)
     if isinstance(source, tuple):
         samples, source_rate_hz = _slice_array(source, start_s, end_s, max_seconds, what)
+    elif not isinstance(source, str | os.PathLike):
+        raise ParamError(f"{what}: expected a path or (samples, sample rate), got {type(source).__name__}")
     else:
         samples, source_rate_hz = _read_file(source, start_s, end_s, max_seconds, what)
     warnings = []
@@ -276,7 +280,8 @@ def write_audio(path: Path, samples: np.ndarray, rate_hz: int) -> None:
         try:
             with soundfile.SoundFile(temporary, "w", rate_hz, samples.shape[0], subtype, format=container) as file:
                 for start in range(0, samples.shape[1], rate_hz * 10):
-                    file.write(np.clip(samples[:, start : start + rate_hz * 10].T, -1.0, 1.0))
+                    block = samples[:, start : start + rate_hz * 10]
+                    file.write(to_pcm16(block) if subtype == "PCM_16" else np.clip(block.T, -1.0, 1.0))
             _check_complete(temporary, samples.shape[1])
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise ParamError(
@@ -304,10 +309,12 @@ def wav_header(n_samples: int, rate_hz: int, n_channels: int = 2) -> bytes:
     )
 
 
-def write_pcm16(stream: BinaryIO, samples: np.ndarray) -> None:
-    """Write [C, N] float32 as interleaved 16-bit PCM, rounded and clipped as libsndfile does."""
-    pcm = np.clip(np.rint(samples.T * 32767.0), -32768, 32767).astype("<i2")
-    stream.write(pcm.tobytes())
+def to_pcm16(samples: np.ndarray) -> np.ndarray:
+    """[C, N] float32 to interleaved [N, C] 16-bit PCM, rounded to nearest and clipped.
+
+    libsndfile's own conversion rounds down, half a step of offset.
+    """
+    return np.clip(np.rint(samples.T * np.float32(32767)), -32768, 32767).astype("<i2")
 
 
 def _one_line(error: BaseException) -> str:

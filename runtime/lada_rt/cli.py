@@ -6,7 +6,6 @@ audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -123,7 +122,7 @@ def generate(
     **options: Any,
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
-    from lada_rt.audio import check_output_path, mix_vocal, wav_header, write_audio, write_pcm16
+    from lada_rt.audio import check_output_path, mix_vocal, to_pcm16, wav_header, write_audio
     from lada_rt.params import GenerationParams
     from lada_rt.pipeline import Pipeline
     from lada_rt.terminal import ProgressBars, print_summary, write_json_report
@@ -147,14 +146,14 @@ def generate(
             end_s=end,
             on_progress=bars.update,
         )
+    for line in result.warnings:
+        note(line)
     audio = mix_vocal(result.audio, result.vocal) if mix else result.audio
     peak = float(abs(audio).max())
     if peak > 1.0:
         note(f"the output's peak is {peak:.2f} and is clipped to full scale")
     if to_stdout:
-        sys.stdout.buffer.write(wav_header(audio.shape[1], result.sample_rate))
-        write_pcm16(sys.stdout.buffer, audio)
-        sys.stdout.buffer.flush()
+        write_stdout(wav_header(audio.shape[1], result.sample_rate) + to_pcm16(audio).tobytes())
     else:
         write_audio(Path(out), audio, result.sample_rate)
     if json_file is not None:
@@ -221,6 +220,17 @@ def check_report_path(json_file: Path | None) -> None:
         raise ParamError(f"--json: {json_file}: cannot be written; give a file name in a folder that exists")
 
 
+def write_stdout(data: bytes) -> None:
+    """Write bytes to stdout; when the reader has gone, end quietly, as there is nobody left to serve."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # Keep the interpreter from flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(0) from None
+
+
 def note(message: str) -> None:
     print(f"lada-rt: {message}", file=sys.stderr)
 
@@ -228,8 +238,6 @@ def note(message: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: run a command and turn every error into one line and an exit code."""
     args = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.ERROR, format="lada-rt: %(message)s")
-    logging.getLogger("lada_rt").setLevel(logging.WARNING)
     sys.exit(run(args))
 
 
@@ -252,10 +260,6 @@ def run(args: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         note("interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader has gone: nobody is left to tell. Keep the interpreter from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except MemoryError:
         if "--debug" in args:
             raise

@@ -46,9 +46,9 @@ MASK_PREDICTOR = MaskPredictorConfig(
 )
 MUQ = MuQConfig(conv_dim=8, dim=64, n_layers=2, n_heads=4, ffn_dim=128)
 QUANTISER = VQConfig(dim=64, codebook_dim=8)
-FLOW = FlowConfig(n_layers=2, n_heads=2, head_dim=24)
-MEL_VAE = MelVAEConfig(channels=16, multiples=(1, 1, 2, 2), n_res_blocks=1, norm_groups=8)
-VOCODER = VocoderConfig(initial_channels=64)
+FLOW = FlowConfig(n_layers=2, n_heads=1, head_dim=48)
+MEL_VAE = MelVAEConfig(channels=16, multiples=(1, 1, 1, 2), n_res_blocks=1, norm_groups=8)
+VOCODER = VocoderConfig(initial_channels=32)
 MERT = MertConfig(
     hidden_size=32, n_layers=2, n_heads=2, intermediate_size=64, conv_channels=(16,) * 7, pos_conv_groups=4
 )

@@ -1,0 +1,186 @@
+"""Reading, resampling and writing audio; every mistake a user makes with a file."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lada_rt.audio import check_output_path, load_audio, mix_vocal, to_pcm16, wav_header, write_audio
+from lada_rt.errors import AudioError, ParamError
+from stubs import sung
+
+
+def write(path: Path, samples: np.ndarray, rate_hz: int = 48_000, **options: str) -> Path:
+    soundfile.write(path, samples, rate_hz, **options)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".wav", 1e-4), (".flac", 1e-4), (".ogg", 0.1), (".mp3", 0.1)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_reads_every_format(tmp_path: Path, suffix: str, tolerance: float, channels: int) -> None:
+    tone = np.repeat(sung(48_000)[:, None], channels, axis=1)
+    loaded = load_audio(write(tmp_path / f"v{suffix}", tone), 48_000)
+    assert loaded.samples.shape == (channels, 48_000)
+    assert loaded.samples.dtype == np.float32
+    np.testing.assert_allclose(loaded.samples, tone.T, atol=tolerance)
+    assert loaded.warnings == ()
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 88_200, 96_000, 192_000])
+def test_resamples_any_rate_to_the_floor_length(rate_hz: int) -> None:
+    """The length is the released resampler's, floor(N * out / in); a tone keeps pitch and level."""
+    n = rate_hz + 17
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(n) / rate_hz)
+    loaded = load_audio((tone.astype(np.float32), rate_hz), 48_000)
+    assert loaded.samples.shape == (1, n * 48_000 // rate_hz)
+    expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(loaded.samples.shape[1]) / 48_000)
+    np.testing.assert_allclose(loaded.samples[0, 2000:-2000], expected[2000:-2000], atol=1e-3)
+
+
+def test_more_than_two_channels_are_cut_with_a_warning(tmp_path: Path) -> None:
+    surround = np.stack([sung(48_000, seed=i) for i in range(6)], axis=1)
+    loaded = load_audio(write(tmp_path / "v.wav", surround, subtype="FLOAT"), 48_000)
+    np.testing.assert_array_equal(loaded.samples, surround.T[:2])
+    assert "6 channels" in loaded.warnings[0]
+
+
+def test_bad_samples_are_cleaned_before_resampling(tmp_path: Path) -> None:
+    broken = sung(44_100)
+    broken[1000], broken[2000], broken[3000] = np.nan, np.inf, -np.inf
+    loaded = load_audio(write(tmp_path / "v.wav", broken, 44_100, subtype="FLOAT"), 48_000)
+    assert np.isfinite(loaded.samples).all()
+    assert "3 samples" in loaded.warnings[0]
+
+
+def test_segment(tmp_path: Path) -> None:
+    tone = sung(48_000 * 3)
+    path = write(tmp_path / "v.wav", tone, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(path, 48_000, start_s=1, end_s=2.5).samples[0], tone[48_000:120_000])
+    np.testing.assert_array_equal(load_audio(path, 48_000, start_s=2).samples[0], tone[96_000:])
+    assert load_audio(path, 48_000, end_s=99).samples.shape == (1, 48_000 * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"start_s": 4.0}, AudioError, "past the end"),
+        ({"start_s": 2.0, "end_s": 1.0}, ParamError, "end"),
+        ({"start_s": 1.0, "end_s": 1.0}, ParamError, "end"),
+        ({"start_s": -1.0}, ParamError, "start"),
+        ({"start_s": float("nan")}, ParamError, "start"),
+        ({"end_s": float("inf")}, ParamError, "end"),
+        ({"start_s": "1"}, ParamError, "start"),
+        ({"max_seconds": 2.0}, AudioError, "at most 2 s"),
+        ({"start_s": 2.9999999, "end_s": 2.99999995}, AudioError, "no sample"),
+    ],
+)
+def test_bad_segments(tmp_path: Path, options: dict, error: type[Exception], words: str) -> None:
+    path = write(tmp_path / "v.wav", sung(48_000 * 3))
+    with pytest.raises(error, match=words) as caught:
+        load_audio(path, 48_000, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    text = tmp_path / "text.wav"
+    text.write_text("this is not audio\n" * 50)
+    empty = tmp_path / "empty.wav"
+    empty.write_bytes(b"")
+    zero = write(tmp_path / "zero.wav", np.zeros((0, 1)))
+    short = write(tmp_path / "short.wav", sung(2400))
+    truncated = tmp_path / "truncated.flac"
+    truncated.write_bytes(write(tmp_path / "whole.flac", sung(48_000)).read_bytes()[:60])
+    for path, words in [
+        (tmp_path / "missing.wav", "no such file"),
+        (tmp_path, "no such file"),
+        (text, "cannot read it"),
+        (empty, "cannot read it"),
+        (zero, "zero samples"),
+        (short, "at least 0.1 s"),
+        (truncated, "cannot read it|truncated"),
+    ]:
+        with pytest.raises(AudioError, match=words) as caught:
+            load_audio(path, 48_000)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".wav", 5e-5), (".flac", 1e-6), (".ogg", 0.1)])
+def test_write_round_trip(tmp_path: Path, suffix: str, tolerance: float) -> None:
+    stereo = np.stack([sung(60_000), sung(60_000, seed=1)])
+    path = tmp_path / f"out{suffix}"
+    write_audio(path, stereo, 48_000)
+    samples, rate_hz = soundfile.read(path)
+    assert rate_hz == 48_000
+    np.testing.assert_allclose(samples.T, stereo, atol=tolerance)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_write_clips_instead_of_wrapping(tmp_path: Path) -> None:
+    write_audio(tmp_path / "o.wav", np.array([[2.0, -2.0], [0.5, -0.5]], np.float32), 48_000)
+    samples, _ = soundfile.read(tmp_path / "o.wav")
+    np.testing.assert_allclose(samples.T, [[1, -1], [0.5, -0.5]], atol=1e-4)
+
+
+class FullDisk:
+    """A file whose writes fail as on a full file system."""
+
+    def __init__(self, real: object) -> None:
+        self._real = real
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._real.close()
+
+    def write(self, data: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "out.wav"
+    kept.write_bytes(b"the old one")
+    real = soundfile.SoundFile
+    monkeypatch.setattr(soundfile, "SoundFile", lambda *args, **kw: FullDisk(real(*args, **kw)))
+    with pytest.raises(ParamError, match="No space left"):
+        write_audio(kept, np.zeros((2, 100), np.float32), 48_000)
+    assert kept.read_bytes() == b"the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.wav"]
+
+
+def test_check_output_path(tmp_path: Path) -> None:
+    vocal = write(tmp_path / "vocal.wav", sung(4800))
+    check_output_path(tmp_path / "out.WAV", vocal)
+    for path, words in [
+        (tmp_path / "out.mp3", "ending in"),
+        (tmp_path / "out", "ending in"),
+        (tmp_path / "nowhere" / "out.wav", "no such folder"),
+        (vocal, "the input itself"),
+    ]:
+        with pytest.raises(ParamError, match=words):
+            check_output_path(path, vocal)
+
+
+def test_wav_stream_has_a_true_header() -> None:
+    stereo = np.stack([sung(1000), sung(1000, seed=1)])
+    samples, rate_hz = soundfile.read(io.BytesIO(wav_header(1000, 48_000) + to_pcm16(stereo).tobytes()))
+    assert rate_hz == 48_000
+    np.testing.assert_allclose(samples.T, stereo, atol=5e-5)
+
+
+def test_stdout_stream_equals_the_file(tmp_path: Path) -> None:
+    """-o - and -o out.wav carry the same samples."""
+    stereo = np.stack([sung(5000), sung(5000, seed=1)]) * 3
+    write_audio(tmp_path / "o.wav", stereo, 48_000)
+    from_file, _ = soundfile.read(tmp_path / "o.wav", dtype="int16")
+    np.testing.assert_array_equal(to_pcm16(stereo), from_file)
+
+
+def test_mix_vocal() -> None:
+    accompaniment = np.full((2, 10), 0.25, np.float32)
+    vocal = np.stack([np.full(8, 0.5, np.float32), np.zeros(8, np.float32)])
+    np.testing.assert_array_equal(mix_vocal(accompaniment, vocal), np.full((2, 8), 0.5, np.float32))

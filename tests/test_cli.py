@@ -1,0 +1,279 @@
+"""The command line with the embedded demo bundle: output, determinism, exit codes, error lines, no partial files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lada_rt import cli
+from lada_rt.bundle import demo_bundle_path
+from lada_rt.geometry import CodecGeometry
+from stubs import sung
+
+FAST = ["--steps", "2", "--flow-steps", "1", "--guidance", "1"]
+
+
+@pytest.fixture
+def vocal(tmp_path: Path) -> Path:
+    soundfile.write(tmp_path / "vocal.wav", sung(44_100), 44_100)
+    return tmp_path / "vocal.wav"
+
+
+def run(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    capfd.readouterr()
+    code = cli.run([str(a) for a in args])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_generate_writes_audio_and_report(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, report_file = tmp_path / "out.wav", tmp_path / "report.json"
+    code, printed, messages = run(capfd, "generate", vocal, "-o", out, "--json", report_file, *FAST)
+    assert code == 0
+    samples, rate_hz = soundfile.read(out)
+    geometry = CodecGeometry()
+    assert rate_hz == 48_000
+    assert samples.shape == (geometry.n_samples(geometry.n_codes(48_000)), 2)
+    assert np.isfinite(samples).all()
+    assert np.abs(samples).max() > 0
+    assert "RTF" in printed
+    assert "TTFA" in printed
+    assert printed.strip().endswith(str(out))
+    assert "untrained" in printed
+    assert "UNTRAINED" in messages
+    report = json.loads(report_file.read_text())
+    assert len(report["codes"]) == int(48_000 / 48_000 * 25) + 1
+    assert report["seed"] == 13
+    assert report["params"]["steps"] == 2
+    assert report["bundle"]["trained"] is False
+    assert len(report["bundle"]["sha256"]) == 64
+    assert {"encode_s", "condition_s", "denoise_s", "decode_s", "total_s", "first_audio_s", "rtf"} <= set(
+        report["timings"]
+    )
+
+
+def test_same_command_same_bytes_other_seed_other_bytes(
+    tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for name, seed in (("a", 13), ("b", 13), ("c", 14)):
+        out = tmp_path / f"{name}.wav"
+        assert run(capfd, "generate", vocal, "-o", out, "--seed", seed, *FAST)[0] == 0
+        outputs.append(out.read_bytes())
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+def test_mix_has_the_vocals_length(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mix.flac"
+    assert run(capfd, "generate", vocal, "-o", out, "--mix", *FAST)[0] == 0
+    assert soundfile.info(out).frames == 48_000
+
+
+def test_stdout_is_a_wav(vocal: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", "-", *FAST]
+    done = subprocess.run(command, capture_output=True, check=True)
+    path = tmp_path / "piped.wav"
+    path.write_bytes(done.stdout)
+    assert soundfile.info(path).frames == 26 * 1920
+    assert b"RTF" in done.stderr
+
+
+def test_closed_pipe_ends_quietly(vocal: Path) -> None:
+    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", "-", *FAST]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    messages = process.stderr.read()
+    assert process.wait() == 0
+    assert b"Traceback" not in messages
+    assert b"Exception ignored" not in messages
+
+
+BAD_OPTIONS = [
+    ["--steps", "0"],
+    ["--steps", "x"],
+    ["--top-k", "0"],
+    ["--top-p", "0"],
+    ["--top-p", "2"],
+    ["--temperature", "0"],
+    ["--schedule", "unknown"],
+    ["--schedule", "cosine:2"],
+    ["--strategy", "none"],
+    ["--flow-steps", "0"],
+    ["--seed", "-1"],
+    ["--end", "-1"],
+    ["--start", "0.5", "--end", "0.2"],
+    ["--start", "nan"],
+    ["--no-such-option"],
+    ["--backend", "magic"],
+    ["--device", "abacus"],
+    ["--json", "/no/such/folder/r.json"],
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=" ".join)
+def test_bad_options(options: list[str], tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.wav"
+    refused(run(capfd, "generate", vocal, "-o", out, *options), 2, out)
+
+
+def test_bad_outputs(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path / "none" / "out.wav", tmp_path / "out.xyz", vocal, tmp_path):
+        before = out.read_bytes() if out.is_file() else None
+        code, printed, messages = run(capfd, "generate", vocal, "-o", out, *FAST)
+        assert (code, printed) == (2, "")
+        assert messages.count("\n") == 1
+        assert (out.read_bytes() if out.is_file() else None) == before
+    code, _, messages = run(capfd, "generate", vocal)
+    assert code == 2
+    assert messages.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    refused(run(capfd, "generate", vocal, "-o", closed / "out.wav", *FAST), 2, closed / "out.wav")
+
+
+def test_full_disk(
+    tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse the write, as a full disk would."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out.wav"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        result = run(capfd, "generate", vocal, "-o", out, *FAST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    refused(result, 2, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["vocal.wav"]
+
+
+def test_bad_vocals(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.wav"
+    text = tmp_path / "text.wav"
+    text.write_text("not audio " * 100)
+    soundfile.write(tmp_path / "zero.wav", np.zeros((0, 1)), 44_100)
+    soundfile.write(tmp_path / "short.wav", sung(2205), 44_100)
+    soundfile.write(tmp_path / "long.wav", np.zeros(8_000 * 361), 8_000)
+    for name in ("missing.wav", "text.wav", "zero.wav", "short.wav", "long.wav"):
+        refused(run(capfd, "generate", tmp_path / name, "-o", out, *FAST), 3, out)
+    refused(run(capfd, "generate", vocal, "-o", out, "--start", "5", *FAST), 3, out)
+    refused(run(capfd, "generate", vocal, "-o", out, "--reference", tmp_path / "missing.wav", *FAST), 3, out)
+
+
+def test_nan_and_silence_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = sung(22_050)
+    broken[100] = np.nan
+    soundfile.write(tmp_path / "nan.wav", broken, 44_100, subtype="FLOAT")
+    soundfile.write(tmp_path / "silence.wav", np.zeros(22_050), 44_100)
+    for name, warned in (("nan.wav", True), ("silence.wav", False)):
+        out = tmp_path / f"out-{name}"
+        code, _, messages = run(capfd, "generate", tmp_path / name, "-o", out, *FAST)
+        assert code == 0
+        assert ("NaN" in messages) == warned
+        assert np.isfinite(soundfile.read(out)[0]).all()
+
+
+def test_bad_bundles(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.wav"
+    refused(run(capfd, "generate", vocal, "-o", out, "--bundle", tmp_path / "none"), 4, out)
+    for damage in ("altered", "truncated", "newer", "missing"):
+        bundle = tmp_path / damage
+        shutil.copytree(demo_bundle_path(), bundle)
+        graph = bundle / "graphs" / "flow.onnx"
+        data = bytearray(graph.read_bytes())
+        if damage == "altered":
+            data[len(data) // 2] ^= 1
+            graph.write_bytes(data)
+        elif damage == "truncated":
+            graph.write_bytes(data[: len(data) // 2])
+        elif damage == "missing":
+            graph.unlink()
+        else:
+            manifest = json.loads((bundle / "manifest.json").read_text())
+            (bundle / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+        refused(run(capfd, "generate", vocal, "-o", out, "--bundle", bundle), 4, out)
+        refused(run(capfd, "inspect", bundle), 4, out)
+
+
+def refused(result: tuple[int, str, str], code: int, out: Path) -> None:
+    found, printed, messages = result
+    lines = [line for line in messages.splitlines() if "UNTRAINED" not in line]
+    assert found == code, messages
+    assert printed == ""
+    assert len(lines) == 1, messages
+    assert "Traceback" not in messages
+    assert not out.exists()
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
+    out = tmp_path / "out.wav"
+    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--steps", "9999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert b"UNTRAINED" in process.stderr.readline()  # loaded; the run has begun
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert messages.decode().strip() == "lada-rt: interrupted"
+    assert time.monotonic() - started < 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["vocal.wav"]
+
+
+def test_inspect_and_doctor(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(capfd, "inspect", "--json", tmp_path / "i.json")
+    assert code == 0
+    for word in ("encoder", "denoiser", "flow", "mel_decoder", "vocoder", "UNTRAINED", "verified"):
+        assert word in printed
+    assert json.loads((tmp_path / "i.json").read_text())["verified"] is True
+    code, printed, _ = run(capfd, "doctor", "--json", tmp_path / "d.json")
+    assert code == 0
+    assert "ready to generate" in printed
+    assert json.loads((tmp_path / "d.json").read_text())["ready"] is True
+
+
+def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
+    for args in (["--help"], ["generate", "--help"], ["--version"]):
+        code, printed, messages = run(capfd, *args)
+        assert code == 0
+        assert printed
+        assert not messages
+    assert run(capfd, "no-such-command")[0] == 2
+
+
+def test_import_is_light() -> None:
+    """`import lada_rt` loads neither a backend nor torch, and neither does reading the help."""
+    code = "import lada_rt, sys; print([m for m in ('torch', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_generates_without_torch(tmp_path: Path, vocal: Path) -> None:
+    """The runtime has no use for torch: with the import blocked, a generation runs."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from lada_rt import cli\n"
+        f"sys.exit(cli.run({['generate', str(vocal), '-o', str(tmp_path / 'o.wav'), *FAST]!r}))"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "o.wav").exists()

@@ -1,7 +1,7 @@
 """How far is soxr (the runtime's resampler) from the windowed sinc of the released program?
 
-Compares both on sung audio at the usual file rates, to 48 kHz: the difference in dB relative to the signal, in the whole band
-and below 15 kHz, where the two filters' roll-offs do not matter.
+Compares both on sung audio at the usual file rates, to 48 kHz: the difference in dB relative to the signal, in the
+whole band and below 15 kHz, where the roll-offs of the two filters do not matter.
 
     python bench/resampler.py [VOCAL.wav] [--json FILE]
 """
@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 from lada_rt.audio import load_audio
 from lada_rt_export.demo.songs.voice import phrase_score, sing
 from lada_rt_export.released_audio import resample_frac

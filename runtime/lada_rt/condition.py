@@ -1,14 +1,13 @@
 """Text and reference audio to the prefix of the denoiser.
 
-Needs numpy alone; `load_tokenizer` imports the tokenizers library. An engine is any object with
-`run(**inputs: np.ndarray) -> dict[str, np.ndarray]`.
+Needs numpy alone; `load_tokenizer` imports the tokenizers library.
 Source: spec/clamp3.md, sections 2, 3 and 6; spec/lada_band.md, section c.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +16,8 @@ from lada_rt.errors import AudioError, BundleError, ParamError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
+
+    from lada_rt.engines.base import Engine
 
 __all__ = [
     "CHUNK_SAMPLES",
@@ -47,12 +48,6 @@ PREFIX_ORDERS = ("ref,text", "text,ref")
 MAX_TEXT_CHARS = 100_000
 
 
-class Engine(Protocol):
-    """A stage that can be run on named arrays."""
-
-    def run(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]: ...
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json, cut at 128 tokens and without padding.
 
@@ -63,6 +58,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         BundleError: the file is missing or not a tokenizer.
     """
     from tokenizers import Tokenizer
+
+    from lada_rt.engines.base import Engine
 
     try:
         tokenizer = Tokenizer.from_file(str(path))

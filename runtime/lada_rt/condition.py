@@ -59,7 +59,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    from lada_rt.engines.base import Engine
 
     try:
         tokenizer = Tokenizer.from_file(str(path))

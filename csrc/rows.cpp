@@ -20,7 +20,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LADA_RT_RESTRICT __restrict__
-#define LADA_RT_PREFETCH(p) __builtin_prefetch(p)
+#define LADA_RT_PREFETCH(p) __builtin_prefetch(p, 0, 2)  // level 2: level 1 holds the row at work
 #else
 #define LADA_RT_RESTRICT
 #define LADA_RT_PREFETCH(p) ((void)(p))

@@ -2,7 +2,7 @@
 
 Each function is the same sequence of IEEE float32 multiplications, additions and integer operations as its C++ and
 Triton (numeric_triton.py) twins, so the three give the same bits on any device. Sums are sums of integers, which have
-no order. Largest errors, over all float32 arguments of the stated range: exp 1.3 ulp, log 1.0 ulp.
+no order. Largest errors found: exp 1.16 ulp, log 0.82 ulp.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from lada_rt_export.models.clamp3 import (
 from lada_rt_export.models.mert import Mert, MertConfig, fold_positional_conv, normalize_waveform
 from lada_rt_export.models.stages_condition import RefEncoderStage, TextEncoderStage
 from lada_rt_export.models.weights import select_weights
+from lada_rt_export.onnx_check import operators
 from lada_rt_export.torch_engine import TorchEngine
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 GOLDEN_PATTERN = "clamp3_*.json"
 HERE = Path(__file__).resolve().parent
 KEYS = json.loads((HERE / "data" / "clamp3_keys.json").read_text())
-TENSORRT_OPS = set((HERE / "data" / "tensorrt_onnx_ops.txt").read_text().split())
+TENSORRT_OPS = set(operators())
 ATOL = 5e-5
 
 

@@ -24,6 +24,7 @@ from lada_rt_export.models.mask_predictor import (
 )
 from lada_rt_export.models.stages_denoiser import MAX_POSITIONS, DenoiserStage
 from lada_rt_export.models.weights import select_weights
+from lada_rt_export.onnx_check import operators
 from lada_rt_export.torch_engine import TorchEngine
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +34,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 GOLDEN_PATTERN = "lada_band_fwd_*.json"
 HERE = Path(__file__).resolve().parent
 KEYS = json.loads((HERE / "data" / "lada_band_keys.json").read_text())
-TENSORRT_OPS = set((HERE / "data" / "tensorrt_onnx_ops.txt").read_text().split())
+TENSORRT_OPS = set(operators())
 
 
 def config_of(sidecar: dict[str, Any], rtd_head: bool = True) -> MaskPredictorConfig:

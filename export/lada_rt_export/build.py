@@ -1,110 +1,239 @@
-"""Assemble a bundle: export and prove each stage, write the constants, then the manifest.
+"""Build a bundle: plan, resume, export and prove one stage at a time, write the manifest, give it its name.
 
-Work goes on in `<out>.building`; only a complete, proven bundle takes the name `<out>`.
+Work goes on in `<out>.building`; only a complete, proven bundle takes the name `<out>`. A stage is identified by
+everything its graph depends on, so an interrupted build goes on where it was, and a changed file rebuilds only its
+stages.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import io
 import json
-import shutil
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import lada_rt
 import numpy as np
+import onnx
+import torch
 from lada_rt.bundle import FORMAT_NAME, FORMAT_VERSION, STAGES, Bundle, FileEntry, StageEntry, file_sha256
-from lada_rt.errors import BundleError, ExportError
-from lada_rt.geometry import CodecGeometry
+from lada_rt.engines.cache import list_engines
+from lada_rt.errors import BundleError, ExportError, ParamError
 
-from lada_rt_export.stages import StageSpec
-from lada_rt_export.to_onnx import export_stage
+from lada_rt_export.bundle_source import BundleHeader, BundleSource
+from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
+from lada_rt_export.stage_graph import GraphJob, build_graph
+from lada_rt_export.stages import StageSpec, stage_precisions, stage_spec
+from lada_rt_export.to_onnx import OPSET
+from lada_rt_export.workspace import Workspace, available_memory, check_disk, check_memory, locked, take
 
-__all__ = ["BundleHeader", "build_bundle"]
+__all__ = ["BuildOptions", "build_bundle"]
+
+#: bump when exporter, stage modules or proof change in a way that a version number of lada-rt does not show
+EXPORTER_REVISION: Final = 1
+#: a build stays below this, whatever the machine has
+_MEMORY_BYTES: Final = 16 << 30
+#: interpreter, torch, exporter
+_PROCESS_BYTES: Final = 1 << 30
+#: exporting has a cost that does not grow with the weights
+_STAGE_COST_BYTES: Final = 32 << 20
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class BundleHeader:
-    """The part of a manifest that is not about files."""
+class BuildOptions:
+    """What to build.
 
-    name: str
-    trained: bool
-    note: str
-    geometry: CodecGeometry
-    vocab_size: int
-    mask_id: int
-    prefix_dim: int
-    max_seconds: int
-    ref_chunk_samples: int
-    sources: tuple[Mapping[str, Any], ...] = ()
+    Attributes:
+        backend: "onnxruntime" runs the graphs themselves; "tensorrt" and "torch" add compiled engines.
+        precision: see `stages.stage_precisions`.
+        stages: those to build; the others are taken over if they are up to date.
+        device: where engines of the torch backend are to run, "auto", "cpu" or "cuda".
 
-    def to_json(self) -> dict[str, Any]:
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return data | {"geometry": self.geometry.to_json(), "sources": [dict(s) for s in self.sources]}
+    Raises:
+        ParamError: an unknown backend, precision or stage.
+    """
+
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    stages: Sequence[str] = STAGES
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        stage_precisions(self.precision)
+        unknown = [name for name in self.stages if name not in STAGES]
+        if unknown or not self.stages:
+            raise ParamError(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
+        check_backend(self.backend, self.device)
 
 
 def build_bundle(
-    out: Path,
-    header: BundleHeader,
-    specs: Mapping[str, StageSpec],
-    *,
-    tokenizer_json: bytes,
-    latent_mean: np.ndarray,
-    latent_std: np.ndarray,
-    log: Callable[[str], None] = lambda line: None,
-) -> Bundle:
-    """Build a bundle folder.
+    out: Path, source: BundleSource, options: BuildOptions | None = None, log: Log = lambda line: None
+) -> Bundle | None:
+    """Build a bundle folder, or go on with one.
 
     Args:
         out: where it goes; an existing bundle there is replaced once the new one is complete.
-        header: names, sizes, sources.
-        specs: one for each stage.
-        tokenizer_json: the text tokenizer's file.
-        latent_mean, latent_std: [channels, bins] float32.
-        log: told one line per stage.
+        source: checkpoints, or what stands for them.
+        options: None builds every stage for ONNX Runtime in float32.
+        log: told one line per step.
 
     Returns:
-        The new bundle, opened and verified.
+        The new bundle, opened and verified; None if `options.stages` leaves stages out that are not up to date.
 
     Raises:
-        ExportError: a stage is missing, cannot be exported or misses its tolerance, or `out` is something else.
+        ParamError: an option is wrong.
+        EngineError: the backend is missing.
+        CheckpointError: a source file is damaged.
+        ExportError: a stage cannot be exported or misses its tolerance, disk or memory do not suffice, another process
+            builds the same bundle, or `out` is something else.
     """
-    missing = [name for name in STAGES if name not in specs]
-    if missing:
-        raise ExportError(f"bundle: expected every stage, missing {', '.join(missing)}")
+    options = options or BuildOptions()
     if out.exists() and not (out / "manifest.json").is_file():
         raise ExportError(f"{out} exists and is not a bundle; choose another --out or remove it")
-    work = out.with_name(out.name + ".building")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        stages = []
-        for name in STAGES:
-            entry = export_stage(specs[name], work)
-            log(f"{name}: {entry.bytes / 1e6:.2f} MB, largest relative error {entry.proof['max_rel_error']:.1e}")
-            stages.append(entry)
+    with locked(out):
+        return _Build(out, source, options, log).run()
+
+
+class _Build:
+    """One run of `build_bundle`, inside the lock."""
+
+    def __init__(self, out: Path, source: BundleSource, options: BuildOptions, log: Log) -> None:
+        self.out, self.source, self.options, self.log = out, source, options, log
+        self.precisions = stage_precisions(options.precision)
+        self.work = Workspace(out)
+        self.old = _old_bundle(out)
+
+    def run(self) -> Bundle | None:
+        hashes = self._hash_sources()
+        keys = {name: self._key(name, hashes) for name in STAGES}
+        entries = {name: self._finished(name, keys[name]) for name in STAGES}
+        todo = [name for name in self.options.stages if entries[name] is None]
+        costs = {name: self.source.parameter_bytes(name) for name in todo}
+        check_disk(self.out.parent, sum(costs.values()))
+        started, done = time.monotonic(), 0
+        for index, name in enumerate(todo):
+            left = ""
+            if done:
+                rate = (time.monotonic() - started) / done
+                remaining = sum(costs[n] + _STAGE_COST_BYTES for n in todo[index:])
+                left = f", about {_duration(rate * remaining)} left"
+            self.log(
+                f"{name} ({index + 1} of {len(todo)}): {costs[name] / 4e6:.1f} M weights, {self.precisions[name]}{left}"
+            )
+            entries[name] = self._build_stage(name, keys[name], costs[name])
+            done += costs[name] + _STAGE_COST_BYTES
+        missing = [name for name, entry in entries.items() if entry is None]
+        if missing:
+            self.log(f"finished {', '.join(self.options.stages)}; still to be built: {', '.join(missing)}")
+            return None
+        return self._publish([e for e in entries.values() if e is not None], hashes)
+
+    def _hash_sources(self) -> dict[Path, str]:
+        files = self.source.source_files()
+        n_bytes = sum(path.stat().st_size for path in files)
+        if n_bytes > 1 << 30:
+            self.log(f"hashing {len(files)} source files, {n_bytes / 1e9:.1f} GB")
+        return {path: self.work.sha256(path) for path in files}
+
+    def _key(self, name: str, hashes: Mapping[Path, str]) -> str:
+        depends = {
+            "stage": name,
+            "files": [hashes[path] for path in self.source.source_files(name)],
+            "facts": self.source.facts(name),
+            "precision": self.precisions[name],
+            "opset": OPSET,
+            "versions": [lada_rt.__version__, torch.__version__, onnx.__version__, EXPORTER_REVISION],
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+    def _finished(self, name: str, key: str) -> StageEntry | None:
+        entry = self.work.finished(name, key)
+        if entry is None and self.old is not None and name in self.old.stages:
+            entry = self.old.stages[name]
+            if entry.build_key != key or not self.work.adopt(entry, key, self.old.path):
+                return None
+        if entry is not None:
+            self.log(f"{name}: up to date")
+        return entry
+
+    def _build_stage(self, name: str, key: str, weight_bytes: int) -> StageEntry:
+        check_memory(name, weight_bytes + _PROCESS_BYTES)
+        self.work.forget(name)
+        start = time.monotonic()
+        budget = min(available_memory(), _MEMORY_BYTES) - 2 * weight_bytes - _PROCESS_BYTES
+        spec = self._spec(name)
+        entry = replace(build_graph(GraphJob(spec, self.work.bundle, max(budget, 0), self.log)), build_key=key)
+        proof = entry.proof
+        self.log(
+            f"{name}: {entry.bytes / 1e6:.2f} MB, {entry.precision}, error {proof['max_rel_error']:.1e} of "
+            f"{proof['tolerance']:.0e}, {_duration(time.monotonic() - start)}"
+        )
+        self.work.finish(entry, key)
+        del spec
+        gc.collect()
+        return entry
+
+    def _spec(self, name: str) -> StageSpec:
+        return stage_spec(name, self.source.module(name), self.source.sizes, self.precisions[name])
+
+    def _publish(self, stages: list[StageEntry], hashes: Mapping[Path, str]) -> Bundle:
+        folder = self.work.bundle
+        source = self.source
         files = [
-            _write(work, "tokenizer.json", tokenizer_json),
-            _write(work, "constants.npz", npz_bytes(latent_mean=latent_mean, latent_std=latent_std)),
+            _write(folder, "tokenizer.json", source.tokenizer_json),
+            _write(folder, "constants.npz", npz_bytes(latent_mean=source.latent_mean, latent_std=source.latent_std)),
         ]
-        write_manifest(work, header, stages, files)
-        if out.exists():
-            shutil.rmtree(out)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    bundle = Bundle.open(out)
-    bundle.verify()
-    return bundle
+        write_manifest(folder, source.header(hashes), stages, files)
+        bundle = Bundle.open(folder)
+        bundle.verify()
+        self._keep_engines(bundle)
+        for stage in self.options.stages if self.options.backend != "onnxruntime" else ():
+            build_engine(
+                EngineJob(
+                    bundle, stage, partial(self._spec, stage), self.options.backend, self.options.device, self.log
+                )
+            )
+            gc.collect()
+        self.work.publish(self.out)
+        return Bundle.open(self.out)
+
+    def _keep_engines(self, bundle: Bundle) -> None:
+        """Engines of the old bundle whose graph has not changed move over: building them took hours."""
+        if self.old is None:
+            return
+        for engine in list_engines(self.old):
+            stage = bundle.stages.get(engine.key.stage)
+            if stage is not None and stage.graph.sha256 == engine.key.graph_sha256:
+                target = bundle.path / "engines" / engine.folder.name
+                for file in engine.folder.iterdir():
+                    if file.is_file():
+                        take(file, target / file.name)
+
+
+def _old_bundle(out: Path) -> Bundle | None:
+    try:
+        return Bundle.open(out)
+    except BundleError:
+        return None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def write_manifest(
     folder: Path, header: BundleHeader, stages: Iterable[StageEntry], files: Iterable[FileEntry]
 ) -> None:
-    data = {
+    data: dict[str, Any] = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
         "written_by": f"lada-rt {lada_rt.__version__}",
@@ -112,7 +241,7 @@ def write_manifest(
         "stages": {s.name: s.to_json() for s in stages},
         "files": {f.path: f.to_json() for f in files},
     }
-    (folder / "manifest.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    _write(folder, "manifest.json", (json.dumps(data, indent=1) + "\n").encode())
 
 
 def npz_bytes(**arrays: np.ndarray) -> bytes:
@@ -131,7 +260,7 @@ def _write(folder: Path, name: str, data: bytes) -> FileEntry:
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise BundleError(
+        raise ExportError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"
         ) from None
     return FileEntry(name, file_sha256(path), len(data))

@@ -35,6 +35,7 @@ __all__ = [
     "TensorEntry",
     "demo_bundle_path",
     "file_sha256",
+    "parse_stage",
 ]
 
 FORMAT_NAME = "lada-rt bundle"
@@ -79,6 +80,8 @@ class StageEntry:
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     proof: Mapping[str, Any] = field(default_factory=dict)
+    #: names everything the graph was made from; the same key means that building it again would change nothing
+    build_key: str = ""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -107,6 +110,7 @@ class StageEntry:
             "inputs": [t.to_json() for t in self.inputs],
             "outputs": [t.to_json() for t in self.outputs],
             "proof": dict(self.proof),
+            "build_key": self.build_key,
         }
 
 
@@ -170,7 +174,7 @@ class Bundle:
                 f"({FORMAT_VERSION}); upgrade lada-rt"
             )
         try:
-            stages = {name: _parse_stage(name, entry) for name, entry in _mapping(data["stages"]).items()}
+            stages = {name: parse_stage(name, entry) for name, entry in _mapping(data["stages"]).items()}
             files = {name: _parse_file(entry) for name, entry in _mapping(data["files"]).items()}
             bundle = cls(
                 path=folder,
@@ -274,8 +278,16 @@ def demo_bundle_path() -> Path:
 
 
 def manifest_sha256(data: Mapping[str, Any]) -> str:
-    """Hash that identifies a bundle: its manifest's in canonical form, which names the hash of every other file."""
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    """Hash that identifies a bundle: its manifest's in canonical form, which names the hash of every other file.
+
+    What was measured when it was built is left out: the last digits of an error depend on the machine.
+    """
+    stages = data.get("stages")
+    if isinstance(stages, dict):
+        stages = {
+            k: {n: v for n, v in s.items() if n != "proof"} if isinstance(s, dict) else s for k, s in stages.items()
+        }
+    canonical = json.dumps({**data, "stages": stages}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -284,7 +296,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse_stage(name: str, data: Any) -> StageEntry:
+def parse_stage(name: str, data: Any) -> StageEntry:
+    """A stage's entry from untrusted JSON.
+
+    Raises:
+        BundleError, KeyError, TypeError, ValueError: it is not one.
+    """
     data = _mapping(data)
     return StageEntry(
         name=name,
@@ -294,6 +311,7 @@ def _parse_stage(name: str, data: Any) -> StageEntry:
         inputs=tuple(_parse_tensor(t) for t in data["inputs"]),
         outputs=tuple(_parse_tensor(t) for t in data["outputs"]),
         proof=_mapping(data["proof"]),
+        build_key=_text(data.get("build_key", "")),
     )
 
 

@@ -162,20 +162,61 @@ def generate(
 
 
 @app.command("build-engine")
+@click.option("--checkpoint", type=PathArg, metavar="F", help="The LaDA-Band checkpoint.")
+@click.option("--pretrained-root", type=PathArg, metavar="D", help="Folder of mucodec/, clamp3/, MERT-v1-95M/, hub/.")
+@click.option("--tokenizer", type=PathArg, metavar="F", help="XLM-R tokenizer.json, where it is not under hub/.")
 @click.option("--out", type=PathArg, required=True, metavar="B", help="Bundle folder to write.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    help="onnxruntime runs the graphs; tensorrt and torch add engines compiled for this machine.",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, bf16 or fp16 for denoiser and flow; ,STAGE=PRECISION sets single stages: bf16,vocoder=fp16.",
+)
+@click.option("--max-seconds", type=int, default=360, show_default=True, help="Longest song, 1 to 360.")
+@click.option("--stages", metavar="A,B", help="Build these only; the others are kept if they are up to date.")
 @click.option("--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, untrained.")
 @debug_option
-def build_engine(out: Path, demo: bool) -> None:
-    """Turn checkpoints into a bundle of verified graphs."""
-    if not demo:
-        raise ParamError("build-engine: expected --demo; building from released checkpoints is not in this version")
+def build_engine(
+    checkpoint: Path | None,
+    pretrained_root: Path | None,
+    tokenizer: Path | None,
+    out: Path,
+    backend: str,
+    precision: str,
+    max_seconds: int,
+    stages: str | None,
+    demo: bool,
+) -> None:
+    """Turn checkpoints into a bundle of verified engines. Interrupted, it goes on where it was."""
+    if demo and (checkpoint, pretrained_root, tokenizer) != (None, None, None):
+        raise ParamError("build-engine: expected either --demo or --checkpoint and --pretrained-root, got both")
+    if not demo and (checkpoint is None or pretrained_root is None):
+        raise ParamError("build-engine: expected --checkpoint and --pretrained-root, or --demo; see --help")
+    if not 1 <= max_seconds <= 360:
+        raise ParamError(f"--max-seconds: expected 1 to 360, got {max_seconds}")
     try:
-        from lada_rt_export.demo.bundle import build_demo_bundle
+        from lada_rt_export.command import build
     except ImportError as error:
         raise EngineError(
             f'build-engine: {error.name} is missing; install it with: pip install "lada-rt[export,cpu]"'
         ) from None
-    build_demo_bundle(out, log=note)
+    build(
+        out,
+        checkpoint=checkpoint,
+        pretrained_root=pretrained_root,
+        tokenizer=tokenizer,
+        backend=backend,
+        precision=precision,
+        max_seconds=max_seconds,
+        stages=stages,
+        log=note,
+    )
     print(out)
 
 

@@ -7,8 +7,11 @@ music.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from lada_rt.geometry import CodecGeometry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
-from lada_rt_export.build import BundleHeader, build_bundle
+from lada_rt_export.build import BuildOptions, build_bundle
+from lada_rt_export.bundle_source import BundleHeader
 from lada_rt_export.models.clamp3 import Clamp3Audio, Clamp3AudioConfig, Clamp3Text, Clamp3TextConfig
 from lada_rt_export.models.flow import Flow, FlowConfig
 from lada_rt_export.models.mask_predictor import MaskPredictor, MaskPredictorConfig
@@ -29,13 +33,14 @@ from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.models.stages_mucodec import EncoderStage, FlowStage, MelDecoderStage, VocoderStage
 from lada_rt_export.models.vocoder import Vocoder, VocoderConfig
 from lada_rt_export.models.vq import VQ, VQConfig, condition_linear
-from lada_rt_export.stages import stage_specs
+from lada_rt_export.stages import StageSizes
 
-__all__ = ["build_demo_bundle", "byte_tokenizer", "demo_modules"]
+__all__ = ["DemoSource", "build_demo_bundle", "byte_tokenizer", "demo_modules"]
 
 SEED = 2604
 MAX_SECONDS = 360
 FEATURE_SIZE = 64
+REF_CHUNK_SAMPLES = 1_440_000
 NOTE = (
     "The real architecture at the real rates, scaled down, with random weights from a fixed seed. "
     "UNTRAINED: the output is noise, not music."
@@ -92,44 +97,65 @@ def demo_modules(text_vocab_size: int) -> dict[str, nn.Module]:
     return {name: module.eval().requires_grad_(False) for name, module in modules.items()}
 
 
-def build_demo_bundle(out: Path, log: Callable[[str], None] = lambda line: None) -> Bundle:
-    """Build the demo bundle at `out`.
+class DemoSource:
+    """The demo's networks as a source of stages. They are small, so all are made at once."""
+
+    def __init__(self) -> None:
+        self.tokenizer_json = byte_tokenizer()
+        text_vocab_size = Tokenizer.from_str(self.tokenizer_json.decode()).get_vocab_size()
+        self._modules = demo_modules(text_vocab_size)
+        geometry = CodecGeometry()
+        self.sizes = StageSizes(
+            geometry=geometry,
+            vocab_size=MASK_PREDICTOR.n_codes,
+            mask_id=MASK_PREDICTOR.mask_id,
+            feature_size=FEATURE_SIZE,
+            ref_hidden_size=MERT.hidden_size,
+            ref_chunk_samples=REF_CHUNK_SAMPLES,
+            text_vocab_size=text_vocab_size,
+            max_frames=geometry.n_codes(MAX_SECONDS * geometry.sample_rate_hz),
+        )
+        shape = (geometry.latent_channels, geometry.latent_bins)
+        self.latent_mean, self.latent_std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+
+    def header(self, source_hashes: Mapping[Path, str]) -> BundleHeader:
+        return BundleHeader(
+            name="lada-rt-demo",
+            trained=False,
+            note=NOTE,
+            geometry=self.sizes.geometry,
+            vocab_size=self.sizes.vocab_size,
+            mask_id=self.sizes.mask_id,
+            prefix_dim=FEATURE_SIZE,
+            max_seconds=MAX_SECONDS,
+            ref_chunk_samples=REF_CHUNK_SAMPLES,
+            sources=({"name": "random weights", "seed": SEED},),
+        )
+
+    def source_files(self, stage: str | None = None) -> tuple[Path, ...]:
+        return ()
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """The weights themselves: there is no file whose hash would stand for them."""
+        digest = hashlib.sha256()
+        for name, tensor in self._modules[stage].state_dict().items():
+            digest.update(f"{name} {list(tensor.shape)} ".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return {"weights": digest.hexdigest()}
+
+    def module(self, stage: str) -> nn.Module:
+        return copy.deepcopy(self._modules[stage])
+
+    def parameter_bytes(self, stage: str) -> int:
+        return sum(p.numel() * p.element_size() for p in self._modules[stage].parameters())
+
+
+def build_demo_bundle(
+    out: Path, options: BuildOptions | None = None, log: Callable[[str], None] = lambda line: None
+) -> Bundle | None:
+    """Build the demo bundle at `out`; see `build_bundle`.
 
     Raises:
         ExportError: a stage cannot be exported or misses its tolerance, or `out` is something else.
     """
-    geometry = CodecGeometry()
-    tokenizer_json = byte_tokenizer()
-    text_vocab_size = Tokenizer.from_str(tokenizer_json.decode()).get_vocab_size()
-    specs = stage_specs(
-        demo_modules(text_vocab_size),
-        geometry,
-        vocab_size=MASK_PREDICTOR.n_codes,
-        mask_id=MASK_PREDICTOR.mask_id,
-        feature_size=FEATURE_SIZE,
-        ref_hidden_size=MERT.hidden_size,
-        text_vocab_size=text_vocab_size,
-        max_frames=geometry.n_codes(MAX_SECONDS * geometry.sample_rate_hz),
-    )
-    header = BundleHeader(
-        name="lada-rt-demo",
-        trained=False,
-        note=NOTE,
-        geometry=geometry,
-        vocab_size=MASK_PREDICTOR.n_codes,
-        mask_id=MASK_PREDICTOR.mask_id,
-        prefix_dim=FEATURE_SIZE,
-        max_seconds=MAX_SECONDS,
-        ref_chunk_samples=1_440_000,
-        sources=({"name": "random weights", "seed": SEED},),
-    )
-    shape = (geometry.latent_channels, geometry.latent_bins)
-    return build_bundle(
-        out,
-        header,
-        specs,
-        tokenizer_json=tokenizer_json,
-        latent_mean=np.zeros(shape, np.float32),
-        latent_std=np.ones(shape, np.float32),
-        log=log,
-    )
+    return build_bundle(out, DemoSource(), options, log)

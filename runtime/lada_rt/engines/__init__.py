@@ -8,7 +8,7 @@ from lada_rt.errors import ParamError
 
 __all__ = ["BACKENDS", "DEVICES", "Engine", "load_engines"]
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt", "torch")
 DEVICES = ("cpu", "cuda")
 
 

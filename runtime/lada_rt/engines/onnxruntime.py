@@ -11,7 +11,7 @@ import numpy as np
 
 from lada_rt.errors import BundleError, EngineError
 
-__all__ = ["OnnxEngine", "cpu_count", "load_onnxruntime"]
+__all__ = ["OnnxEngine", "cpu_count", "cuda_available", "load_onnxruntime"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -32,6 +32,11 @@ def load_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
+def cuda_available() -> bool:
+    """Whether this build of ONNX Runtime has the CUDA provider; whether a GPU is there shows when it is used."""
+    return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
+
+
 def cpu_count() -> int:
     """CPUs this process may run on, which in a container is often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -40,8 +45,17 @@ def cpu_count() -> int:
 class OnnxEngine:
     """One ONNX graph in an ONNX Runtime session. Thread-safe: a session holds no state between runs."""
 
-    def __init__(self, graph: Path, *, device: str = "cpu", n_threads: int | None = None) -> None:
+    def __init__(
+        self, graph: Path, *, device: str = "cpu", n_threads: int | None = None, low_memory: bool = False
+    ) -> None:
         """Load `graph` for `device` (`cpu` or `cuda`).
+
+        Args:
+            graph: the .onnx file; large weights lie beside it.
+            device: where to run.
+            n_threads: for one run; None is every CPU this process may use.
+            low_memory: keep weights mapped instead of copying them into the order kernels like best, and give memory
+                back after each run; slower.
 
         Raises:
             EngineError: ONNX Runtime or its provider for the device is missing.
@@ -59,6 +73,9 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         # Several sessions live side by side; spinning threads of an idle one would take cores from the busy one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if low_memory:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
         providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
         try:

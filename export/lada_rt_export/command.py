@@ -1,0 +1,54 @@
+"""What `lada-rt build-engine` does, behind the command line's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lada_rt.bundle import STAGES, Bundle
+
+from lada_rt_export.build import BuildOptions, build_bundle
+from lada_rt_export.bundle_source import BundleSource
+from lada_rt_export.demo.bundle import DemoSource
+from lada_rt_export.release import Release
+from lada_rt_export.release_modules import ReleaseSource
+
+__all__ = ["build"]
+
+
+def build(
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    pretrained_root: Path | None = None,
+    tokenizer: Path | None = None,
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    max_seconds: int = 360,
+    stages: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Bundle | None:
+    """Build a bundle from released files, or the demo bundle when none are given.
+
+    Args:
+        out: the bundle's folder.
+        checkpoint, pretrained_root, tokenizer: see `Release.locate`.
+        backend, precision: see `BuildOptions`.
+        max_seconds: longest song.
+        stages: names joined by commas; None is all.
+        log: told one line per step.
+
+    Returns:
+        The bundle; None if stages are still to be built.
+
+    Raises:
+        ParamError, EngineError, CheckpointError, ExportError: see `build_bundle`.
+    """
+    chosen = STAGES if stages is None else tuple(name.strip() for name in stages.split(","))
+    options = BuildOptions(backend=backend, precision=precision, stages=chosen)
+    source: BundleSource
+    if checkpoint is None or pretrained_root is None:
+        source = DemoSource()
+    else:
+        source = ReleaseSource(Release.locate(checkpoint, pretrained_root, tokenizer), max_seconds)
+    return build_bundle(out, source, options, log)

@@ -1,0 +1,129 @@
+"""Backends that compile engines, by name: which are there, and how one stage becomes a proven engine of a bundle.
+
+`onnxruntime` runs a bundle's graphs as they are and has no entry here. The others are loaded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from lada_rt.bundle import Bundle
+from lada_rt.engines import BACKENDS
+from lada_rt.engines.cache import EngineEntry, EngineKey, list_engines, misfit, this_machine, write_engine
+from lada_rt.errors import EngineError, ExportError, ParamError
+
+from lada_rt_export.stages import StageSpec
+
+__all__ = ["BUILDERS", "BuiltEngine", "EngineJob", "build_engine", "check_backend"]
+
+#: backend -> (module, what it needs, how to get it)
+BUILDERS: Final[Mapping[str, tuple[str, str, str]]] = {
+    "tensorrt": ("lada_rt_export.to_tensorrt", "tensorrt", 'pip install "lada-rt[gpu]"'),
+    "torch": ("lada_rt_export.to_aoti", "torch", 'pip install "lada-rt[export]"'),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """What a builder returns.
+
+    Attributes:
+        key: what it was built from and for.
+        files: in the folder the builder was given.
+        proof: for the manifest; as `proof.prove` returns it.
+    """
+
+    key: EngineKey
+    files: list[Path]
+    proof: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineJob:
+    """Build one stage's engine for one backend.
+
+    Attributes:
+        bundle: opened and verified, with the graph.
+        stage: name.
+        spec: makes the stage with its float32 module.
+        backend: name.
+        device: "auto", "cpu" or "cuda".
+        log: told one line per step.
+    """
+
+    bundle: Bundle
+    stage: str
+    spec: Callable[[], StageSpec]
+    backend: str
+    device: str
+    log: Callable[[str], None]
+
+
+class _Builder(Protocol):
+    def build(self, job: EngineJob, folder: Path) -> BuiltEngine: ...
+
+
+def check_backend(backend: str, device: str = "auto") -> None:
+    """Refuse what cannot be built here before any work is done.
+
+    Raises:
+        ParamError: an unknown backend.
+        EngineError: the backend, or the GPU it needs, is missing.
+    """
+    if backend not in BACKENDS:
+        raise ParamError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "onnxruntime":
+        return
+    _, needs, remedy = BUILDERS[backend]
+    if importlib.util.find_spec(needs) is None:
+        raise EngineError(f"backend {backend}: the package {needs} is missing; install it with: {remedy}")
+    if backend == "tensorrt" and this_machine("tensorrt", device).arch.startswith("cpu"):
+        raise EngineError(
+            "backend tensorrt: no NVIDIA GPU found, engines are built on the GPU they run on; see: lada-rt doctor"
+        )
+
+
+def build_engine(job: EngineJob) -> EngineEntry:
+    """Build, prove and file one engine; one that is there already and fits is kept.
+
+    Raises:
+        EngineError: the backend failed.
+        ExportError: the engine misses its tolerance; it is not written.
+    """
+    machine = this_machine(job.backend, job.device)
+    for entry in list_engines(job.bundle):
+        if (entry.key.stage, entry.key.backend) == (job.stage, job.backend) and misfit(
+            entry, job.bundle, machine
+        ) is None:
+            job.log(f"{job.stage}: {job.backend} engine up to date")
+            return entry
+    builder: _Builder = importlib.import_module(BUILDERS[job.backend][0])
+    engines = job.bundle.path / "engines"
+    folder = engines / f"{job.stage}.building"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.monotonic()
+    try:
+        built = builder.build(job, folder)
+        proof = built.proof
+        if not proof["max_rel_error"] <= proof["tolerance"]:
+            raise ExportError(
+                f"{job.stage}: the {job.backend} engine differs from the float32 module by "
+                f"{proof['max_rel_error']:.2e}, allowed {proof['tolerance']:.0e}; it was not kept, choose another "
+                "--precision"
+            )
+        entry = write_engine(engines, built.key, built.files, proof)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    job.log(
+        f"{job.stage}: {job.backend} engine for {entry.key.arch}, {sum(f.bytes for f in entry.files) / 1e6:.1f} MB, "
+        f"error {proof['max_rel_error']:.1e} of {proof['tolerance']:.0e}, {time.monotonic() - start:.0f} s"
+    )
+    return entry

@@ -1,0 +1,146 @@
+"""Comparing an engine with its torch module: the same random inputs at several sizes, the error in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lada_rt.engines.base import Engine
+from lada_rt.errors import ExportError
+from torch import Tensor, nn
+
+from lada_rt_export.stages import ProofCase, StageSpec
+
+__all__ = ["ModuleEngine", "Reference", "Results", "describe", "module_results", "output_error", "prove", "reference"]
+
+Results = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the float32 module answers.
+
+    Attributes:
+        cases: the sizes that fit the memory, from the smallest.
+        results: of each case.
+        seconds: of the last case.
+        left_out: sizes that did not fit, with the memory they were judged to need.
+    """
+
+    cases: list[ProofCase]
+    results: list[Results]
+    seconds: float
+    left_out: dict[str, int]
+
+
+def reference(spec: StageSpec, memory_bytes: int) -> Reference:
+    """Run the float32 module on every case that fits.
+
+    Args:
+        spec: the stage; `spec.module` is float32.
+        memory_bytes: what activations may take. The smallest case always runs.
+    """
+    cases: list[ProofCase] = []
+    results: list[Results] = []
+    left_out: dict[str, int] = {}
+    seconds = 0.0
+    for case in spec.cases():
+        if cases and case.activation_bytes > memory_bytes:
+            left_out[case.size] = case.activation_bytes
+            continue
+        start = time.perf_counter()
+        results.append(module_results(spec, spec.module, case))
+        seconds = time.perf_counter() - start
+        cases.append(case)
+    return Reference(cases, results, seconds, left_out)
+
+
+def module_results(spec: StageSpec, module: nn.Module, case: ProofCase) -> Results:
+    """Named results of a module on one case."""
+    device = next(iter(module.parameters())).device
+    with torch.inference_mode():
+        result = module(**{name: tensor.to(device) for name, tensor in case.inputs.items()})
+    tensors = (result,) if isinstance(result, Tensor) else tuple(result)
+    return {name: t.cpu().numpy() for name, t in zip(spec.outputs, tensors, strict=True)}
+
+
+def prove(
+    spec: StageSpec, expected: Reference, engine: Engine, method: str, tolerance: float | None = None
+) -> dict[str, Any]:
+    """Run an engine on the inputs of the reference.
+
+    Args:
+        spec: the stage.
+        expected: what the float32 module answered.
+        engine: to be compared.
+        method: what was run, in words for the manifest.
+        tolerance: in place of the stage's own.
+
+    Returns:
+        For the manifest: what was run, the error of each size and the worst, the tolerance, sizes left out.
+
+    Raises:
+        ExportError: an error is over the tolerance.
+    """
+    allowed = spec.tolerance if tolerance is None else tolerance
+    errors: dict[str, float] = {}
+    for case, wanted in zip(expected.cases, expected.results, strict=True):
+        arrays = {name: tensor.numpy() for name, tensor in case.inputs.items()}
+        found = engine.run(**arrays)
+        wanted_values, found_values = spec.compare(wanted), spec.compare(found)
+        for name, value in wanted_values.items():
+            error = output_error(found_values[name], value)
+            if not error <= allowed:
+                shapes = ", ".join(f"{k}{list(v.shape)}" for k, v in arrays.items())
+                raise ExportError(
+                    f"{spec.name}: {name} of the {case.size} size ({shapes}) differs from the float32 module by "
+                    f"{error:.2e}, allowed {allowed:.0e}; the engine was not kept, choose another --precision"
+                )
+            errors[case.size] = max(errors.get(case.size, 0.0), error)
+    proof: dict[str, Any] = {
+        "method": method,
+        "max_rel_error": _rounded(max(errors.values())),
+        "tolerance": allowed,
+        "errors": {size: _rounded(error) for size, error in errors.items()},
+        "sizes": {
+            case.size: {name: list(tensor.shape) for name, tensor in case.inputs.items()} for case in expected.cases
+        },
+    }
+    if expected.left_out:
+        proof["left_out_for_memory"] = {size: f"{n / 1e9:.1f} GB" for size, n in expected.left_out.items()}
+    return proof
+
+
+def _rounded(error: float) -> float:
+    return float(f"{error:.1e}")
+
+
+def output_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Error of one result: largest difference over largest expected value; for ids the share that differs."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    if expected.dtype.kind in "iu":
+        return float(np.mean(found != expected))
+    scale = float(np.abs(expected).max())
+    difference = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
+    return difference / scale if scale > 0 else difference
+
+
+class ModuleEngine:
+    """A torch module as an engine: proves a precision that no engine on this machine can run."""
+
+    def __init__(self, spec: StageSpec, module: nn.Module) -> None:
+        self._spec, self._module = spec, module
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        case = ProofCase("", {name: torch.from_numpy(array) for name, array in inputs.items()}, 0)
+        return module_results(self._spec, self._module, case)
+
+
+def describe(proof: Mapping[str, Any]) -> str:
+    """One line about a proof: the worst error and the tolerance."""
+    return f"error {proof['max_rel_error']:.1e} of {proof['tolerance']:.0e}"

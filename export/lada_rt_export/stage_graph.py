@@ -1,0 +1,104 @@
+"""One stage to a proven ONNX graph: answers of the float32 module, export in the wanted precision, comparison."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from lada_rt.bundle import FileEntry, StageEntry, file_sha256
+from lada_rt.engines.base import Engine
+from lada_rt.engines.onnxruntime import OnnxEngine, cuda_available
+from lada_rt.errors import ExportError
+
+from lada_rt_export.onnx_check import check_graph
+from lada_rt_export.proof import ModuleEngine, prove, reference
+from lada_rt_export.stages import StageSpec
+from lada_rt_export.to_onnx import write_graph
+
+__all__ = ["GraphJob", "build_graph"]
+
+DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphJob:
+    """Export and prove one stage.
+
+    Attributes:
+        spec: with the float32 module; it is converted in place when the precision is another.
+        folder: of the bundle being built.
+        memory_bytes: what the proof's activations may take.
+        log: told one line per step.
+    """
+
+    spec: StageSpec
+    folder: Path
+    memory_bytes: int
+    log: Callable[[str], None]
+
+
+def build_graph(job: GraphJob) -> StageEntry:
+    """Write `graphs/<stage>.onnx`, prove it, and describe it.
+
+    Returns:
+        The manifest entry, with the measured errors under `proof`.
+
+    Raises:
+        ExportError: the exporter failed, a node is beyond what engines take, or the graph misses its tolerance; no file
+            is left then.
+    """
+    spec = job.spec
+    target = job.folder / "graphs" / f"{spec.name}.onnx"
+    expected = reference(spec, job.memory_bytes)
+    job.log(f"  the module ran at {len(expected.cases)} sizes, the largest in {expected.seconds:.1f} s")
+    module = spec.module.to(DTYPES[spec.precision])
+    start = time.monotonic()
+    files = write_graph(spec, module, expected.cases[0].inputs, target)
+    job.log(f"  exported in {time.monotonic() - start:.0f} s, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
+    try:
+        faults = check_graph(target)
+        if faults:
+            raise ExportError(
+                f"{spec.name}: {len(faults)} nodes are beyond what TensorRT's parser takes, first {faults[0]}; "
+                "use the torch version that pip install 'lada-rt[export]' chooses"
+            )
+        gc.collect()
+        engine, method = _engine(spec, module, target)
+        start = time.monotonic()
+        proof = prove(spec, expected, engine, method)
+        job.log(f"  proven at {len(expected.cases)} sizes in {time.monotonic() - start:.0f} s")
+        del engine
+    except ExportError:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    entries = [_entry(job.folder, file) for file in files]
+    return StageEntry(
+        name=spec.name,
+        graph=entries[0],
+        external_data=tuple(entries[1:]),
+        precision=spec.precision,
+        inputs=spec.input_entries(),
+        outputs=spec.output_entries(),
+        proof=proof,
+    )
+
+
+def _engine(spec: StageSpec, module: Any, target: Path) -> tuple[Engine, str]:
+    """What can run this precision here, and what to say about it."""
+    if spec.precision != "bf16":
+        return OnnxEngine(target, low_memory=True), "graph in ONNX Runtime on the CPU"
+    if cuda_available():
+        return OnnxEngine(target, device="cuda"), "graph in ONNX Runtime on the GPU"
+    return ModuleEngine(
+        spec, module
+    ), "bfloat16 torch module; ONNX Runtime's CPU has no bfloat16 MatMul to run the graph"
+
+
+def _entry(folder: Path, file: Path) -> FileEntry:
+    return FileEntry(file.relative_to(folder).as_posix(), file_sha256(file), file.stat().st_size)

@@ -1,0 +1,270 @@
+"""Compiled engines of a bundle: found by what they were built from and for, and never run anywhere else.
+
+    engines/<key>/engine.json   what the engine is: its key in full, files with sha256 and size, measured error
+    engines/<key>/...           the backend's own files
+
+The key names the stage, the hash of its graph, the backend and its version, the GPU architecture, the precision and the
+profile. An engine that does not fit is refused with the command that rebuilds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from lada_rt.bundle import Bundle, FileEntry, file_sha256
+from lada_rt.errors import EngineError
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "EngineEntry",
+    "EngineKey",
+    "Machine",
+    "find_engine",
+    "list_engines",
+    "misfit",
+    "rebuild_command",
+    "this_machine",
+    "write_engine",
+]
+
+ENTRY_FILE: Final = "engine.json"
+ENTRY_LIMIT_BYTES: Final = 1 << 20
+#: backend -> the distributions it may come in
+DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "tensorrt": ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+    "torch": ("torch",),
+}
+Profile = Mapping[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKey:
+    """What an engine was built from and for.
+
+    Attributes:
+        stage: name.
+        graph_sha256: of the stage's graph in the manifest; it covers large weights through `build_key`.
+        backend, backend_version: such as "tensorrt" and "11.4.0.106".
+        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64".
+        precision: of the stage.
+        profile: axis -> (min, opt, max).
+        any_later_version: a later release of the backend runs it too.
+    """
+
+    stage: str
+    graph_sha256: str
+    backend: str
+    backend_version: str
+    arch: str
+    precision: str
+    profile: Profile
+    any_later_version: bool = False
+
+    @property
+    def folder_name(self) -> str:
+        text = json.dumps({axis: list(sizes) for axis, sizes in self.profile.items()}, sort_keys=True)
+        profile = hashlib.sha256(text.encode()).hexdigest()[:8]
+        later = "plus" if self.any_later_version else ""
+        parts = (
+            self.stage, self.graph_sha256[:12], self.backend, self.backend_version + later,
+            self.arch.replace("+", "plus"), self.precision, profile,
+        )  # fmt: skip
+        return "-".join(re.sub(r"[^A-Za-z0-9._]", "_", part) for part in parts)
+
+    def to_json(self) -> dict[str, Any]:
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return data | {"profile": {axis: list(sizes) for axis, sizes in self.profile.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """One engine on disk."""
+
+    key: EngineKey
+    folder: Path
+    files: tuple[FileEntry, ...]
+    proof: Mapping[str, Any]
+
+    def verify(self) -> None:
+        """Compare every file with its hash.
+
+        Raises:
+            EngineError: one is missing or altered.
+        """
+        for file in self.files:
+            path = self.folder / file.path
+            try:
+                intact = path.stat().st_size == file.bytes and file_sha256(path) == file.sha256
+            except OSError:
+                intact = False
+            if not intact:
+                command = rebuild_command(self.folder.parents[1], self.key)
+                raise EngineError(
+                    f"{path}: expected {file.bytes} bytes of sha256 {file.sha256[:12]}…, the file is missing or "
+                    f"altered; remove {self.folder} and rebuild it with: {command}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What decides whether an engine fits: version of its backend (None: not installed) and architecture."""
+
+    backend_version: str | None
+    arch: str
+
+
+def this_machine(backend: str, device: str = "auto") -> Machine:
+    """What this machine offers to a backend.
+
+    Args:
+        backend: "tensorrt" or "torch".
+        device: "cpu" or "cuda"; "auto" is the GPU where there is one.
+    """
+    gpu = None if device == "cpu" else _gpu_arch()
+    return Machine(_version(backend), gpu or f"cpu-{platform.machine()}")
+
+
+@cache
+def _gpu_arch() -> str | None:
+    """Architecture of the first GPU, from the driver's own tool: no framework has to be loaded to ask."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d+)", lines[0]) if lines else None
+    return f"sm_{found[1]}{found[2]}" if found else None
+
+
+def _version(backend: str) -> str | None:
+    for distribution in DISTRIBUTIONS[backend]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def list_engines(bundle: Bundle) -> list[EngineEntry]:
+    """The engines in a bundle's folder, sorted by name. What cannot be read as one is left out: it is never run."""
+    entries = []
+    for path in sorted((bundle.path / "engines").glob(f"*/{ENTRY_FILE}")):
+        try:
+            if path.stat().st_size > ENTRY_LIMIT_BYTES:
+                continue
+            entries.append(_parse(path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return entries
+
+
+def _parse(folder: Path, data: Any) -> EngineEntry:
+    key = dict(data["key"])
+    profile = {str(axis): (int(low), int(opt), int(high)) for axis, (low, opt, high) in key.pop("profile").items()}
+    later = key.pop("any_later_version")
+    if not isinstance(later, bool) or not all(isinstance(value, str) for value in key.values()):
+        raise ValueError("damaged key")
+    files = tuple(FileEntry(Path(f["path"]).name, str(f["sha256"]), int(f["bytes"])) for f in data["files"])
+    parsed = EngineKey(**key, profile=profile, any_later_version=later)
+    if parsed.folder_name != folder.name or not files:
+        raise ValueError("the folder's name is not the key's")
+    return EngineEntry(parsed, folder, files, dict(data["proof"]))
+
+
+def misfit(entry: EngineEntry, bundle: Bundle, machine: Machine) -> str | None:
+    """Why an engine must not run here: None if it fits."""
+    key = entry.key
+    stage = bundle.stages.get(key.stage)
+    if stage is None or stage.graph.sha256 != key.graph_sha256 or stage.precision != key.precision:
+        return "was built from another graph than the bundle's"
+    if machine.backend_version is None:
+        return f"needs {key.backend} {key.backend_version}, which is not installed"
+    same = machine.backend_version == key.backend_version
+    if not same and not (key.any_later_version and _numbers(machine.backend_version) >= _numbers(key.backend_version)):
+        return f"was built by {key.backend} {key.backend_version}, this is {machine.backend_version}"
+    if machine.arch != key.arch and not _later_arch(machine.arch, key.arch):
+        return f"was built for {key.arch}, this device is {machine.arch}"
+    return None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version.split("+")[0])]
+
+
+def _later_arch(found: str, wanted: str) -> bool:
+    return (
+        wanted.endswith("+")
+        and found.startswith("sm_")
+        and wanted.startswith("sm_")
+        and _numbers(found) >= _numbers(wanted.removesuffix("+"))
+    )
+
+
+def find_engine(bundle: Bundle, stage: str, backend: str, machine: Machine) -> EngineEntry:
+    """The engine of a stage that fits, its files verified.
+
+    Raises:
+        EngineError: there is none; the message says what there is and how to build one.
+    """
+    reasons = []
+    for entry in list_engines(bundle):
+        if entry.key.stage != stage or entry.key.backend != backend:
+            continue
+        reason = misfit(entry, bundle, machine)
+        if reason is None:
+            entry.verify()
+            return entry
+        reasons.append((reason, entry.key))
+    if reasons:
+        reason, key = reasons[-1]
+        raise EngineError(
+            f"{stage}: the {backend} engine {reason}; rebuild it with: {rebuild_command(bundle.path, key)}"
+        )
+    raise EngineError(
+        f"{stage}: {bundle.path} has no {backend} engine; build it with: "
+        f"{rebuild_command(bundle.path, backend=backend)}"
+    )
+
+
+def rebuild_command(bundle: Path, key: EngineKey | None = None, *, backend: str = "") -> str:
+    """The command that builds an engine into a bundle; the checkpoint's place is the user's to fill in."""
+    name = key.backend if key is not None else backend
+    precision = f" --precision {key.precision}" if key is not None and key.precision != "fp32" else ""
+    return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} --backend {name}{precision}"
+
+
+def write_engine(folder: Path, key: EngineKey, files: list[Path], proof: Mapping[str, Any]) -> EngineEntry:
+    """Put a proven engine into its place, whole or not at all.
+
+    Args:
+        folder: the bundle's `engines` folder.
+        key: of the engine.
+        files: on the same disk; they are moved.
+        proof: what was measured.
+    """
+    target = folder / key.folder_name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    entries = []
+    for file in files:
+        entries.append(FileEntry(file.name, file_sha256(file), file.stat().st_size))
+        file.rename(target / file.name)
+    data = {"key": key.to_json(), "files": [f.to_json() for f in entries], "proof": dict(proof)}
+    temporary = target / (ENTRY_FILE + ".new")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(target / ENTRY_FILE)
+    return EngineEntry(key, target, tuple(entries), dict(proof))

@@ -148,11 +148,15 @@ def write_stub_bundle(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def stub_pipeline(folder: Path, **options: int) -> Pipeline:
-    """A loaded pipeline on stub engines; `pipeline._engines` holds them."""
-    bundle = Bundle.open(write_stub_bundle(folder / "stub.bundle"))
+def stub_pipeline(folder: Path, *, max_concurrent: int = 4, **changes: object) -> Pipeline:
+    """A loaded pipeline on stub engines; `pipeline._engines` holds them. `changes` go to the manifest."""
+    bundle = Bundle.open(write_stub_bundle(folder / "stub.bundle", **changes))
     bundle.verify()
-    return Pipeline(bundle, stub_engines(), backend="stub", device="cpu", **options)
+    return Pipeline(bundle, stub_engines(), backend="stub", device="cpu", max_concurrent=max_concurrent)
+
+
+def no_threads_left() -> bool:
+    return not any(t.name.startswith("lada-rt") for t in threading.enumerate())
 
 
 def sung(n_samples: int, seed: int = 0) -> np.ndarray:

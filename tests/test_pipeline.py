@@ -15,7 +15,7 @@ import pytest
 from lada_rt import AudioError, EngineError, GenerationCancelled, GenerationParams, ParamError, Progress
 from lada_rt.decode import render_window
 from lada_rt.pipeline import Pipeline
-from stubs import GEOMETRY, VOCAB, stub_pipeline, sung
+from stubs import GEOMETRY, VOCAB, no_threads_left, stub_pipeline, sung
 
 FAST = GenerationParams(steps=3, flow_steps=2)
 #: code counts around the edges of the decoder's windows
@@ -56,7 +56,7 @@ def test_chunks_joined_equal_generate(pipe: Pipeline, n_codes: int) -> None:
 def test_blocks_of_the_vocoder_do_not_show(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     vocal = (sung(48_000 * 20), 48_000)
     usual = pipe.generate(vocal, params=FAST).audio
-    monkeypatch.setattr("lada_rt.pipeline.render_window", functools.partial(render_window, block_frames=4096))
+    monkeypatch.setattr("lada_rt.decode.render_window", functools.partial(render_window, block_frames=4096))
     np.testing.assert_allclose(pipe.generate(vocal, params=FAST).audio, usual, atol=1e-6)
 
 
@@ -296,7 +296,3 @@ def test_silence_and_bad_samples_work(pipe: Pipeline) -> None:
     result = pipe.generate((broken, 48_000), params=FAST)
     assert np.isfinite(result.audio).all()
     assert "3 samples" in result.warnings[0]
-
-
-def no_threads_left() -> bool:
-    return not any(t.name.startswith("lada-rt") for t in threading.enumerate())

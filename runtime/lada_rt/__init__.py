@@ -23,8 +23,11 @@ from lada_rt.errors import (
 
 if TYPE_CHECKING:
     from lada_rt.params import GenerationParams
-    from lada_rt.pipeline import Chunk, Pipeline, Result, Timings
+    from lada_rt.pipeline import Pipeline
     from lada_rt.progress import Progress
+    from lada_rt.results import Chunk, Result, Song, Timings
+    from lada_rt.run import Stream
+    from lada_rt.saved_run import load_codes, save_codes
 
 __version__ = "0.1.0"
 
@@ -42,17 +45,25 @@ __all__ = [
     "Pipeline",
     "Progress",
     "Result",
+    "Song",
+    "Stream",
     "Timings",
     "__version__",
+    "load_codes",
+    "save_codes",
 ]
 
 _LAZY = {
-    "Chunk": "lada_rt.pipeline",
+    "Chunk": "lada_rt.results",
     "GenerationParams": "lada_rt.params",
     "Pipeline": "lada_rt.pipeline",
     "Progress": "lada_rt.progress",
-    "Result": "lada_rt.pipeline",
-    "Timings": "lada_rt.pipeline",
+    "Result": "lada_rt.results",
+    "Song": "lada_rt.results",
+    "Stream": "lada_rt.run",
+    "Timings": "lada_rt.results",
+    "load_codes": "lada_rt.saved_run",
+    "save_codes": "lada_rt.saved_run",
 }
 
 

@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from lada_rt.errors import AudioError, ParamError
 __all__ = [
     "OUTPUT_FORMATS",
     "AudioInput",
+    "AudioWriter",
     "LoadedAudio",
     "check_output_path",
     "load_audio",
@@ -45,6 +48,8 @@ OUTPUT_FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_24"), ".ogg"
 MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
 #: A file shorter than this is a mistake of the caller, not a song. Arrays are taken at any length.
 MIN_FILE_SECONDS = 0.1
+#: frames read, mended and resampled at once, so that no second copy of a long vocal exists
+BLOCK_FRAMES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +94,67 @@ def load_audio(
         ParamError: the segment's bounds make no sense, or the array has a wrong type or shape.
     """
     _check_segment(start_s, end_s)
-    if isinstance(source, tuple):
-        samples, source_rate_hz = _slice_array(source, start_s, end_s, max_seconds, what)
-    elif not isinstance(source, str | os.PathLike):
-        raise ParamError(f"{what}: expected a path or (samples, sample rate), got {type(source).__name__}")
-    else:
-        samples, source_rate_hz = _read_file(source, start_s, end_s, max_seconds, what)
+    with contextlib.ExitStack() as files:
+        if isinstance(source, tuple):
+            segment = _open_array(source, start_s, end_s, max_seconds, what)
+        elif not isinstance(source, str | os.PathLike):
+            raise ParamError(f"{what}: expected a path or (samples, sample rate), got {type(source).__name__}")
+        else:
+            segment = _open_file(files, source, start_s, end_s, max_seconds, what)
+        samples, n_frames, n_bad = _collect(segment, rate_hz)
+    if n_frames == 0:
+        raise AudioError(f"{what}: {source}: expected {segment.n_frames} samples, got none; the file is truncated")
     warnings = []
-    duration_s = samples.shape[1] / source_rate_hz
-    if samples.shape[0] > 2:
-        warnings.append(f"{what}: {samples.shape[0]} channels, only the first two are used")
-        samples = samples[:2]
-    n_bad = samples.size - int(np.count_nonzero(np.isfinite(samples)))
+    if segment.n_channels > 2:
+        warnings.append(f"{what}: {segment.n_channels} channels, only the first two are used")
     if n_bad:
         warnings.append(f"{what}: {n_bad} samples were NaN or infinite and have been replaced by 0 or full scale")
-        samples = np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0)
     for line in warnings:
         log.warning(line)
-    return LoadedAudio(_resample(samples, source_rate_hz, rate_hz), duration_s, tuple(warnings))
+    return LoadedAudio(samples, n_frames / segment.rate_hz, tuple(warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A stretch of a source; blocks are [n, channels] float32."""
+
+    rate_hz: int
+    n_channels: int
+    n_frames: int
+    blocks: Iterator[np.ndarray]
+
+
+def _collect(segment: _Segment, rate_hz: int) -> tuple[np.ndarray, int, int]:
+    """Mend and resample a segment block by block: (samples [1 or 2, N], frames read, bad samples)."""
+    import soxr
+
+    n_channels = min(segment.n_channels, 2)
+    resampler = None
+    if segment.rate_hz != rate_hz:
+        resampler = soxr.ResampleStream(segment.rate_hz, rate_hz, n_channels, dtype="float32", quality="VHQ")
+    # floor, as the released resampler: the number of codes follows from it
+    samples = np.zeros((n_channels, max(1, segment.n_frames * rate_hz // segment.rate_hz)), np.float32)
+    n_read = n_bad = filled = 0
+
+    def keep(block: np.ndarray, last: bool) -> None:
+        nonlocal filled
+        piece = block if resampler is None else resampler.resample_chunk(block, last=last)
+        piece = piece[: samples.shape[1] - filled]
+        samples[:, filled : filled + len(piece)] = piece.T
+        filled += len(piece)
+
+    for block in segment.blocks:
+        block = np.ascontiguousarray(block[:, :n_channels])
+        bad = block.size - int(np.count_nonzero(np.isfinite(block)))
+        if bad:
+            block = np.nan_to_num(block, nan=0.0, posinf=1.0, neginf=-1.0)
+        n_bad += bad
+        n_read += len(block)
+        keep(block, last=False)
+    if resampler is not None:
+        keep(np.zeros((0, n_channels), np.float32), last=True)
+    n_out = max(1, n_read * rate_hz // segment.rate_hz)  # less than foreseen when the file is truncated
+    return (samples if n_out == samples.shape[1] else samples[:, :n_out].copy()), n_read, n_bad
 
 
 def _check_segment(start_s: Any, end_s: Any) -> None:
@@ -140,39 +188,55 @@ def _segment_frames(
     return start, stop
 
 
-def _read_file(
-    path: str | os.PathLike[str], start_s: float, end_s: float | None, max_seconds: float, what: str
-) -> tuple[np.ndarray, int]:
+def _open_file(
+    files: contextlib.ExitStack,
+    path: str | os.PathLike[str],
+    start_s: float,
+    end_s: float | None,
+    max_seconds: float,
+    what: str,
+) -> _Segment:
     import soundfile
 
     path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
     try:
-        with soundfile.SoundFile(path) as file:
-            if file.frames / file.samplerate < MIN_FILE_SECONDS and file.frames > 0:
-                raise AudioError(
-                    f"{what}: {path}: expected at least {MIN_FILE_SECONDS:g} s of audio, got "
-                    f"{file.frames / file.samplerate:.3f} s; "
-                    "give a longer file"
-                )
-            start, stop = _segment_frames(file.frames, file.samplerate, start_s, end_s, max_seconds, f"{what}: {path}")
-            file.seek(start)
-            samples = file.read(stop - start, dtype="float32", always_2d=True)
-            rate_hz = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        found = path.is_file()
+    except ValueError:  # a NUL in the name
+        found = False
+    if not found:
+        raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
+
+    def refuse(error: Exception) -> AudioError:
         detail = " ".join(str(error).split()).rstrip(".")
+        return AudioError(f"{what}: {path}: expected a WAV, FLAC, OGG or MP3 file, cannot read it ({detail[-120:]})")
+
+    def blocks() -> Iterator[np.ndarray]:
+        try:
+            file.seek(start)
+            for position in range(start, stop, BLOCK_FRAMES):
+                block = file.read(min(BLOCK_FRAMES, stop - position), dtype="float32", always_2d=True)
+                if len(block) == 0:
+                    return
+                yield block
+        except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+            raise refuse(error) from None
+
+    try:
+        file = files.enter_context(soundfile.SoundFile(path))
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        raise refuse(error) from None
+    if 0 < file.frames / file.samplerate < MIN_FILE_SECONDS:
         raise AudioError(
-            f"{what}: {path}: expected a WAV, FLAC, OGG or MP3 file, cannot read it ({detail[-120:]})"
-        ) from None
-    if len(samples) == 0:
-        raise AudioError(f"{what}: {path}: expected {stop - start} samples, got none; the file is truncated")
-    return np.ascontiguousarray(samples.T), rate_hz
+            f"{what}: {path}: expected at least {MIN_FILE_SECONDS:g} s of audio, got "
+            f"{file.frames / file.samplerate:.3f} s; give a longer file"
+        )
+    start, stop = _segment_frames(file.frames, file.samplerate, start_s, end_s, max_seconds, f"{what}: {path}")
+    return _Segment(file.samplerate, file.channels, stop - start, blocks())
 
 
-def _slice_array(
+def _open_array(
     source: tuple[np.ndarray, int], start_s: float, end_s: float | None, max_seconds: float, what: str
-) -> tuple[np.ndarray, int]:
+) -> _Segment:
     if len(source) != 2:
         raise ParamError(f"{what}: expected (samples, sample rate), got a tuple of {len(source)}")
     samples, rate_hz = source
@@ -191,21 +255,13 @@ def _slice_array(
             f"{what}: expected 1 to 64 channels in [C, N], got shape {list(samples.shape)}; transpose [N, C] arrays"
         )
     start, stop = _segment_frames(samples.shape[1], int(rate_hz), start_s, end_s, max_seconds, what)
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(samples[:, start:stop], dtype=np.float32), int(rate_hz)
 
+    def blocks() -> Iterator[np.ndarray]:
+        for position in range(start, stop, BLOCK_FRAMES):
+            with np.errstate(over="ignore"):
+                yield samples[:2, position : min(position + BLOCK_FRAMES, stop)].T.astype(np.float32)
 
-def _resample(samples: np.ndarray, rate_in_hz: int, rate_out_hz: int) -> np.ndarray:
-    if rate_in_hz == rate_out_hz:
-        return samples
-    import soxr
-
-    out = soxr.resample(samples.T, rate_in_hz, rate_out_hz, quality="VHQ").T
-    # floor, as the released resampler: the number of codes follows from it
-    n_out = max(1, samples.shape[1] * rate_out_hz // rate_in_hz)
-    if out.shape[1] < n_out:
-        out = np.pad(out, ((0, 0), (0, n_out - out.shape[1])))
-    return np.ascontiguousarray(out[:, :n_out], dtype=np.float32)
+    return _Segment(int(rate_hz), samples.shape[0], stop - start, blocks())
 
 
 def mix_vocal(accompaniment: np.ndarray, vocal: np.ndarray) -> np.ndarray:
@@ -260,33 +316,115 @@ def replaced_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        raise ParamError(
-            f"output: {path}: cannot be written ({error.strerror or error}); free some space or choose another place"
-        ) from None
+        raise _cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+class AudioWriter:
+    """Writes audio as it is made: WAV, FLAC or OGG by the path's suffix, or WAV on stdout for None.
+
+    A file appears under its name only when the `with` block ends well. WAV is written here, byte for byte the same to a
+    file and to a pipe; its header holds the true length.
+    """
+
+    def __init__(self, path: Path | None, rate_hz: int, stdout: BinaryIO | None = None) -> None:
+        self._path = path
+        self._rate_hz = rate_hz
+        self._stack = contextlib.ExitStack()
+        self._stdout = stdout
+        self._bytes: BinaryIO | None = None  # a WAV
+        self._encoded: Any = None  # what libsndfile writes
+        self._temporary: Path | None = None
+        self._expected = self._written = 0
+
+    def __enter__(self) -> AudioWriter:
+        return self
+
+    def begin(self, n_samples: int) -> None:
+        """Write the header, once the length is known.
+
+        Raises:
+            ParamError: the file system refuses the write, or the audio is too long for WAV.
+            BrokenPipeError: nobody reads stdout.
+        """
+        self._expected = n_samples
+        header = wav_header(n_samples, self._rate_hz) if self._path is None or self._is_wav else b""
+        with self._refusals():
+            if self._path is None:
+                self._bytes = self._stdout or sys.stdout.buffer
+            else:
+                self._temporary = self._stack.enter_context(replaced_file(self._path))
+                if self._is_wav:
+                    self._bytes = self._stack.enter_context(self._temporary.open("wb"))
+                else:
+                    import soundfile
+
+                    container, subtype = OUTPUT_FORMATS[self._path.suffix.lower()]
+                    self._encoded = self._stack.enter_context(
+                        soundfile.SoundFile(self._temporary, "w", self._rate_hz, 2, subtype, format=container)
+                    )
+            if self._bytes is not None:
+                self._bytes.write(header)
+                self._bytes.flush()
+
+    def write(self, samples: np.ndarray) -> None:
+        """Append [2, n] float32; the pieces add up to the length given to `begin`."""
+        with self._refusals():
+            for start in range(0, samples.shape[1], self._rate_hz * 10):
+                block = samples[:, start : start + self._rate_hz * 10]
+                if self._bytes is not None:
+                    self._bytes.write(to_pcm16(block).tobytes())
+                else:
+                    self._encoded.write(np.clip(block.T, -1.0, 1.0))
+                self._written += block.shape[1]
+            if self._bytes is not None:
+                self._bytes.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None or self._temporary is None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        assert self._written == self._expected
+        with self._refusals():
+            if self._encoded is not None:
+                self._encoded.close()
+                _check_complete(self._temporary, self._expected)
+            self._stack.close()
+
+    @property
+    def _is_wav(self) -> bool:
+        return self._path is not None and self._path.suffix.lower() == ".wav"
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        if self._path is None:
+            yield
+            return
+        import soundfile
+
+        try:
+            yield
+        except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+            raise _cannot_write(self._path, error) from None
+
+
 def write_audio(path: Path, samples: np.ndarray, rate_hz: int) -> None:
-    """Write [C, N] float32 as the file type of `path`'s suffix; a failure leaves no file behind.
+    """Write [2, N] float32 as the file type of `path`'s suffix; a failure leaves no file behind.
 
     Raises:
-        ParamError: unknown suffix, or the file cannot be written.
+        ParamError: the file cannot be written.
     """
-    import soundfile
+    with AudioWriter(path, rate_hz) as writer:
+        writer.begin(samples.shape[1])
+        writer.write(samples)
 
-    container, subtype = OUTPUT_FORMATS[path.suffix.lower()]
-    with replaced_file(path) as temporary:
-        try:
-            with soundfile.SoundFile(temporary, "w", rate_hz, samples.shape[0], subtype, format=container) as file:
-                for start in range(0, samples.shape[1], rate_hz * 10):
-                    block = samples[:, start : start + rate_hz * 10]
-                    file.write(to_pcm16(block) if subtype == "PCM_16" else np.clip(block.T, -1.0, 1.0))
-            _check_complete(temporary, samples.shape[1])
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise ParamError(
-                f"output: {path}: cannot be written ({_one_line(error)}); free some space or choose another place"
-            ) from None
+
+def _cannot_write(path: Path, error: BaseException) -> ParamError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
+    return ParamError(f"output: {path}: cannot be written ({reason}); free some space or choose another place")
 
 
 def _check_complete(path: Path, n_samples: int) -> None:
@@ -299,8 +437,14 @@ def _check_complete(path: Path, n_samples: int) -> None:
 
 
 def wav_header(n_samples: int, rate_hz: int, n_channels: int = 2) -> bytes:
-    """Header of a 16-bit PCM WAV of known length, for a stream that cannot be rewound."""
+    """Header of a 16-bit PCM WAV of known length, for a stream that cannot be rewound.
+
+    Raises:
+        ParamError: more than the 4 GiB that the format can count.
+    """
     n_bytes = n_samples * n_channels * 2
+    if 36 + n_bytes >= 2**32:
+        raise ParamError(f"output: expected at most 4 GiB of WAV, got {n_bytes} bytes; write .flac, or a segment")
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",
         *(b"RIFF", 36 + n_bytes, b"WAVE", b"fmt ", 16),
@@ -315,7 +459,3 @@ def to_pcm16(samples: np.ndarray) -> np.ndarray:
     libsndfile's own conversion rounds down, half a step of offset.
     """
     return np.clip(np.rint(samples.T * np.float32(32767)), -32768, 32767).astype("<i2")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,7 +8,7 @@ flow of window i+1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "LatentStats",
     "decode_latents",
     "render_window",
+    "render_windows",
     "rendered_samples",
     "seeded_noise",
     "solve_flow",
@@ -118,6 +119,8 @@ def decode_latents(
     n_steps: int,
     guidance: float,
     noise: Callable[[int], np.ndarray],
+    windows: range | None = None,
+    before: np.ndarray | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
     """Yield the latents of each decoder window in turn, [32, window_latents, 32] float32.
@@ -130,15 +133,19 @@ def decode_latents(
         n_steps: Euler steps in each window.
         guidance: see `solve_flow`.
         noise: window index to initial noise [32, window_latents, 32] float32.
+        windows: the windows to decode, consecutive; None is all.
+        before: [32, window_latents, 32] latents of the window before the first of them, which continues it.
         on_step: called with (flow steps done, flow steps in all), first with 0.
     """
-    n_windows = geometry.n_windows(len(codes))
-    total = n_windows * n_steps
+    windows = range(geometry.n_windows(len(codes))) if windows is None else windows
+    total = len(windows) * n_steps
     context = np.zeros((geometry.latent_channels, 0, geometry.latent_bins), np.float32)
+    if before is not None:
+        context = stats.normalise(before[:, -geometry.context_latents :])
     on_step(0, total)
-    for index in range(n_windows):
+    for index in windows:
 
-        def on_window_step(done: int, base: int = index * n_steps) -> None:
+        def on_window_step(done: int, base: int = (index - windows.start) * n_steps) -> None:
             on_step(base + done, total)
 
         latents = stats.denormalise(
@@ -201,6 +208,34 @@ def render_window(
             offset = (start - left) * per_frame
             audio[channel, start * per_frame : stop * per_frame] = wave[offset : offset + (stop - start) * per_frame]
     return audio[:, :n_samples]
+
+
+def render_windows(
+    engines: Mapping[str, Engine],
+    latents: Iterable[np.ndarray],
+    geometry: CodecGeometry,
+    *,
+    windows: range,
+    stop_sample: int,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[np.ndarray]:
+    """Render windows as their latents arrive and yield what is final, [2, n] float32.
+
+    Args:
+        engines: holds the `mel_decoder` and `vocoder` stages.
+        latents: of each window in turn, [32, L, 32] float32.
+        geometry: rates and window sizes.
+        windows: their indices, consecutive; the audio begins where the first of them does.
+        stop_sample: of the song, where the audio ends; more than the overlap past the last window's start, if there is
+            another before it.
+        on_window: called with (windows done, windows in all).
+    """
+    crossfade = Crossfade(geometry, stop_sample - windows.start * geometry.hop_samples)
+    for index, window in zip(windows, latents, strict=True):
+        audio = render_window(engines, window, rendered_samples(index, stop_sample, geometry), geometry)
+        final = crossfade.push(audio, last=index + 1 == windows.stop)
+        on_window(index + 1 - windows.start, len(windows))
+        yield final
 
 
 class Crossfade:

@@ -32,6 +32,17 @@ class RecordedNoise:
     remask: np.ndarray | None = None
 
 
+@dataclass(slots=True)
+class FirstStep:
+    """Logits of the first step, which see only masks and so are the same whatever the seed: filled once, then reused.
+
+    Attributes:
+        logits: [T, V], held while variations of one vocal are made.
+    """
+
+    logits: np.ndarray | None = None
+
+
 def denoise(
     engine: Engine,
     vocal_codes: np.ndarray,
@@ -39,6 +50,9 @@ def denoise(
     params: GenerationParams,
     mask_id: int,
     *,
+    known: np.ndarray | None = None,
+    span: tuple[int, int] | None = None,
+    first_step: FirstStep | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     recorded: RecordedNoise | None = None,
 ) -> np.ndarray:
@@ -50,28 +64,41 @@ def denoise(
         prefix: [P, D] float32, P = 0..2 condition slots.
         params: schedule, filters, temperatures and seed.
         mask_id: id of the mask token.
+        known: [T] int64 codes to keep, `mask_id` where one is to be drawn; None draws all. The schedule runs over the
+            number of positions to draw.
+        span: [start, stop) that the denoiser sees, the whole song by default; only its positions are drawn. Noise is
+            numbered by the position in the song, so no two spans share it.
+        first_step: where to find, or leave, the logits of the first step; only with nothing known.
         on_step: called with (steps done, steps in all), first with 0.
         recorded: noise to use in place of the seed's own.
 
     Returns:
-        [T] int64 codes, none of them masked.
+        [T] int64 codes, none of them masked within the span.
 
     Raises:
         EngineError: the backend failed or returned logits that are not numbers.
     """
-    n_frames = len(vocal_codes)
+    start, stop = span or (0, len(vocal_codes))
+    codes = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known.copy()
+    rows = start + np.flatnonzero(codes[start:stop] == mask_id)  # positions still masked, ascending
     n_steps = 1 if params.strategy == "one_shot" else params.steps
-    counts = mask_counts(n_frames, n_steps, params.schedule)
+    counts = mask_counts(len(rows), n_steps, params.schedule)
     taus = selection_temperatures(n_steps, params.mask_temperature)
     noise = recorded or RecordedNoise()
 
-    codes = np.full(n_frames, mask_id, np.int64)
-    rows = np.arange(n_frames, dtype=np.int64)  # positions still masked, ascending
     on_step(0, n_steps)
     for step in range(n_steps):
-        logits = engine.run(vocal_codes=vocal_codes[None], codes=codes[None], prefix=prefix[None], rows=rows)[
-            "logits"
-        ]  # [R, V]
+        shared = first_step if step == 0 else None
+        logits = None if shared is None else shared.logits
+        if logits is None:
+            logits = engine.run(
+                vocal_codes=vocal_codes[None, start:stop],
+                codes=codes[None, start:stop],
+                prefix=prefix[None],
+                rows=rows - start,
+            )["logits"]  # [R, V]
+        if shared is not None:
+            shared.logits = logits
         tokens, log_confidence = _C.sample(
             logits,
             rows,

@@ -14,12 +14,13 @@ from lada_rt.engines.base import Engine
 from lada_rt.errors import AudioError
 from lada_rt.geometry import CodecGeometry
 
-__all__ = ["encode", "encode_window", "prepare_vocal"]
+__all__ = ["clamped_peak", "encode", "encode_window", "prepare_vocal"]
 
 PEAK_LIMIT = 0.8
+PEAK_BLOCK_SAMPLES = 1 << 20
 
 
-def prepare_vocal(samples: np.ndarray) -> np.ndarray:
+def prepare_vocal(samples: np.ndarray, peak: float | None = None) -> np.ndarray:
     """Clean and level a vocal as the encoder expects it (spec/mucodec 2.1).
 
     NaN becomes 0, infinities +-1, everything is clamped to [-1, 1]; a peak above 0.8 is scaled down to it, a lower
@@ -27,21 +28,32 @@ def prepare_vocal(samples: np.ndarray) -> np.ndarray:
 
     Args:
         samples: [C, N] float, one or two channels, 48 kHz.
+        peak: largest magnitude of the clamped vocal when `samples` is a part of it; None looks for it here.
 
     Returns:
-        [2, N] float32; a mono channel is repeated.
+        [2, N] float32, a new array; a mono channel is repeated.
 
     Raises:
         AudioError: not one or two channels, or no samples.
     """
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0:
         raise AudioError(f"vocal: expected [1 or 2 channels, at least 1 sample], got shape {list(samples.shape)}")
-    audio = np.nan_to_num(samples.astype(np.float32, copy=True), copy=False, nan=0.0, posinf=1.0, neginf=-1.0)
-    np.clip(audio, -1.0, 1.0, out=audio)
-    peak = np.abs(audio).max()
-    if peak > PEAK_LIMIT:
-        audio /= peak / np.float32(PEAK_LIMIT)
+    audio = _clamped(samples)
+    divisor = np.float32(np.abs(audio).max() if peak is None else peak)
+    if divisor > PEAK_LIMIT:
+        audio /= divisor / np.float32(PEAK_LIMIT)
     return np.repeat(audio, 2, axis=0) if audio.shape[0] == 1 else audio
+
+
+def clamped_peak(samples: np.ndarray) -> float:
+    """Largest magnitude of a vocal [C, N] once clamped to [-1, 1], found block by block to hold no second copy."""
+    blocks = range(0, samples.shape[1], PEAK_BLOCK_SAMPLES)
+    return max(float(np.abs(_clamped(samples[:, i : i + PEAK_BLOCK_SAMPLES])).max()) for i in blocks)
+
+
+def _clamped(samples: np.ndarray) -> np.ndarray:
+    audio = np.nan_to_num(samples.astype(np.float32, copy=True), copy=False, nan=0.0, posinf=1.0, neginf=-1.0)
+    return np.clip(audio, -1.0, 1.0, out=audio)
 
 
 def encode_window(audio: np.ndarray, index: int, geometry: CodecGeometry) -> np.ndarray:
@@ -87,13 +99,15 @@ def encode(
     Raises:
         AudioError: see `prepare_vocal`.
     """
-    audio = prepare_vocal(vocal)
-    n_codes = geometry.n_codes(audio.shape[1])
+    if vocal.ndim != 2 or vocal.shape[0] not in (1, 2) or vocal.shape[1] == 0:
+        raise AudioError(f"vocal: expected [1 or 2 channels, at least 1 sample], got shape {list(vocal.shape)}")
+    peak = clamped_peak(vocal)
+    n_codes = geometry.n_codes(vocal.shape[1])
     n_windows = math.ceil(n_codes / geometry.encode_window_codes)
     pieces = []
     on_window(0, n_windows)
     for index in range(n_windows):
-        window = np.ascontiguousarray(encode_window(audio, index, geometry)[None])  # [1, 2, N]
-        pieces.append(engine.run(audio=window)["codes"][0])  # [encode_window_codes]
+        window = prepare_vocal(encode_window(vocal, index, geometry), peak)  # [2, N], one window at a time
+        pieces.append(engine.run(audio=window[None])["codes"][0])  # [encode_window_codes]
         on_window(index + 1, n_windows)
     return np.concatenate(pieces)[:n_codes].astype(np.int64)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lada_rt.engines.base import Engine
-from lada_rt.stream import Cancel
+from lada_rt.results import Timings
+from lada_rt.stream import POLL_SECONDS, Cancel
 
 __all__ = ["OnProgress", "Progress", "Reporter"]
+
+DECODER_STAGES = ("flow", "mel_decoder", "vocoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,11 @@ class Reporter:
         self._on_progress = on_progress
         self._lock = threading.Lock()
         self.cancel = cancel
-        self.started = time.perf_counter()
+        self._started = time.perf_counter()
+        self._first_audio = threading.Event()
+        self._first_audio_s = self._first_window_s = self._denoised_s = 0.0
+        #: waiting for a free slot of the pipeline, before the work started
+        self.queue_s = 0.0
         #: wall seconds of each stage of the main path
         self.stage_s: dict[str, float] = {}
         #: busy seconds of each engine
@@ -66,7 +73,53 @@ class Reporter:
         return lambda done, total: self.step(stage, done, total)
 
     def elapsed_s(self) -> float:
-        return time.perf_counter() - self.started
+        """Seconds since the work started."""
+        return time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def holding(self, slots: threading.Semaphore) -> Iterator[None]:
+        """Wait for a slot, then start the clock."""
+        self._started = time.perf_counter()
+        with slots:
+            self.queue_s = self.elapsed_s()
+            self._started = time.perf_counter()
+            yield
+
+    def mark_denoised(self) -> None:
+        self._denoised_s = self.elapsed_s()
+
+    def mark_first_audio(self) -> None:
+        """The first piece of audio is final; later calls change nothing."""
+        if not self._first_audio.is_set():
+            self._first_audio_s = self.elapsed_s()
+            self._first_window_s = sum(self.engine_s.get(stage, 0.0) for stage in DECODER_STAGES)
+            self._first_audio.set()
+
+    def wait_first_audio(self) -> None:
+        """Block until the first piece of audio is final.
+
+        Raises:
+            GenerationCancelled: the run is to stop.
+        """
+        while not self._first_audio.wait(POLL_SECONDS):
+            self.cancel.check()
+
+    def timings(self, audio_s: float) -> Timings:
+        """The seconds of the finished run, which made `audio_s` of audio."""
+        total_s = self.elapsed_s()
+        return Timings(
+            encode_s=self.stage_s.get("encode", 0.0),
+            condition_s=self.stage_s.get("condition", 0.0),
+            denoise_s=self.stage_s.get("denoise", 0.0),
+            decode_s=total_s - self._denoised_s,
+            total_s=total_s,
+            first_audio_s=self._first_audio_s,
+            first_window_s=self._first_window_s,
+            queue_s=self.queue_s,
+            audio_s=audio_s,
+            rtf=total_s / audio_s,
+            engines_s=dict(self.engine_s),
+        )
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

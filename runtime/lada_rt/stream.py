@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 from lada_rt.errors import GenerationCancelled
@@ -13,7 +13,8 @@ __all__ = ["Cancel", "run_ahead"]
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.1
+#: how long anything waits before it looks again whether to stop
+POLL_SECONDS = 0.1
 
 
 class Cancel:
@@ -35,19 +36,18 @@ class Cancel:
             raise GenerationCancelled("generation cancelled")
 
 
-def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Iterator[T]:
+def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Generator[T, None, None]:
     """Iterate `items` in a thread, at most `depth` finished items ahead of the consumer.
 
     An exception in `items` is raised here. When the consumer stops early, for whatever reason, `cancel` is raised and
-    the
-    thread is joined before control returns: `items` must check the flag often.
+    the thread is joined before control returns: `items` must check the flag often.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
 
     def put(message: tuple[str, Any]) -> bool:
         while not cancel.cancelled:
             try:
-                ready.put(message, timeout=_POLL_SECONDS)
+                ready.put(message, timeout=POLL_SECONDS)
             except queue.Full:
                 continue
             return True
@@ -67,7 +67,7 @@ def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Iterator[T]
     try:
         while True:
             try:
-                kind, value = ready.get(timeout=_POLL_SECONDS)
+                kind, value = ready.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if not thread.is_alive() and ready.empty():
                     cancel.check()

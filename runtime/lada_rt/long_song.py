@@ -1,0 +1,88 @@
+"""Songs longer than the denoiser takes: overlapping spans, each continuing from codes already drawn.
+
+A span sees `max_codes` frames of the song. The codes it shares with the span before are fixed when it starts, so both
+spans hold the same ones, and what is new is drawn to fit them. Memory is that of one span, whatever the song's length.
+Decoding needs no such care: its windows are of one size anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lada_rt.denoise import FirstStep, denoise
+from lada_rt.engines.base import Engine
+from lada_rt.params import GenerationParams
+
+__all__ = ["denoise_spans", "spans"]
+
+#: part of a span that is already drawn when it starts
+OVERLAP = 0.25
+
+
+def spans(n_codes: int, max_codes: int) -> list[tuple[int, int]]:
+    """Where the spans of a song start and stop.
+
+    Args:
+        n_codes: length of the song.
+        max_codes: length of a span; at least 1.
+
+    Returns:
+        (start, stop) pairs. One for a song that fits; else all are of `max_codes`, and the last ends with the song, so
+        that it sees as much of what is known as the others do.
+    """
+    if n_codes <= max_codes:
+        return [(0, n_codes)]
+    hop = max_codes - int(max_codes * OVERLAP)
+    starts = [*range(0, n_codes - max_codes, hop), n_codes - max_codes]
+    return [(start, start + max_codes) for start in starts]
+
+
+def denoise_spans(
+    engine: Engine,
+    vocal_codes: np.ndarray,
+    prefix: np.ndarray,
+    params: GenerationParams,
+    mask_id: int,
+    *,
+    max_codes: int,
+    known: np.ndarray | None = None,
+    first_step: FirstStep | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """`denoise`, span by span. A song that fits in one span is denoised at once.
+
+    Args:
+        engine, vocal_codes, prefix, params, mask_id, known, first_step: see `denoise`.
+        max_codes: longest span.
+        on_step: called with (steps done, steps in all) over all spans, first with 0.
+
+    Returns:
+        [T] int64 codes, none of them masked.
+    """
+    codes = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known.copy()
+    # A span all of whose codes are known has nothing to draw.
+    todo, drawn_to = [], 0
+    for start, stop in spans(len(codes), max_codes):
+        if (codes[max(start, drawn_to) : stop] == mask_id).any():
+            todo.append((start, stop))
+            drawn_to = stop
+    for index, span in enumerate(todo):
+
+        def on_span_step(done: int, total: int, index: int = index) -> None:
+            if done or index == 0:
+                on_step(index * total + done, len(todo) * total)
+
+        codes = denoise(
+            engine,
+            vocal_codes,
+            prefix,
+            params,
+            mask_id,
+            known=codes,
+            span=span,
+            first_step=first_step if index == 0 else None,
+            on_step=on_span_step,
+        )
+    return codes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from lada_rt.noise import (
 from lada_rt_kernels import numeric
 from scipy import stats
 
+GOLDEN_PATTERN = "lada_band_seeds*.json"
 CPU = torch.device("cpu")
 
 # Random123's known-answer vectors for philox4x32-10: counter, key, output.
@@ -45,12 +45,8 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
     assert [int(word) for word in words] == expected
 
 
-@pytest.fixture(scope="module")
-def seeds(golden: Path) -> dict[str, Any]:
-    return read_sidecar(golden / "lada_band_seeds.json")
-
-
-def test_released_seeds(seeds: dict[str, Any]) -> None:
+def test_released_seeds(golden_case: Path) -> None:
+    seeds = read_sidecar(golden_case)
     assert seeds["derive_sample_seed"]
     assert seeds["stable_seed"]
     for case in seeds["derive_sample_seed"]:
@@ -59,7 +55,8 @@ def test_released_seeds(seeds: dict[str, Any]) -> None:
         assert stable_seed(case["seed"], case["sequence_id"], case["step_index"], case["salt"]) == case["stable_seed"]
 
 
-def test_released_gumbel(seeds: dict[str, Any]) -> None:
+def test_released_gumbel(golden_case: Path) -> None:
+    seeds = read_sidecar(golden_case)
     for case in seeds["gumbel"]:
         noise = released_gumbel(case["seed"], case["sequence_id"], case["step_index"], case["length"])
         assert noise.dtype == np.float32
@@ -67,7 +64,8 @@ def test_released_gumbel(seeds: dict[str, Any]) -> None:
         np.testing.assert_allclose(noise[-1], case["gumbel_last"], rtol=0, atol=2e-6)
 
 
-def test_released_uniform_and_fixed(seeds: dict[str, Any]) -> None:
+def test_released_uniform_and_fixed(golden_case: Path) -> None:
+    seeds = read_sidecar(golden_case)
     for case in seeds["random_scores"]:
         noise = released_uniform(case["seed"], case["sequence_id"], case["step_index"], case["length"])
         assert noise[:16].tolist() == case["first16"]

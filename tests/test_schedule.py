@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from lada_rt.errors import ParamError
 from lada_rt.schedule import Schedule, mask_counts, mask_ratios, parse_schedule, selection_temperatures
 
+GOLDEN_PATTERN = "lada_band_schedules*.json"
 NAMES = ["cosine", "linear", "sqrt", "square", "cubic", "power:0.7"]
 
 
-@pytest.fixture(scope="module")
-def tables(golden: Path) -> dict[str, Any]:
-    return read_sidecar(golden / "lada_band_schedules.json")
-
-
-def test_golden_tables(tables: dict[str, Any]) -> None:
+def test_golden_tables(golden_case: Path) -> None:
+    tables = read_sidecar(golden_case)
     assert tables["tables"]
     for table in tables["tables"]:
         parsed = parse_schedule(table["schedule"])
@@ -33,7 +30,8 @@ def test_golden_tables(tables: dict[str, Any]) -> None:
             assert mask_counts(int(n_frames), table["steps"], table["schedule"]) == counts["effective"]
 
 
-def test_golden_edge_cases(tables: dict[str, Any]) -> None:
+def test_golden_edge_cases(golden_case: Path) -> None:
+    tables = read_sidecar(golden_case)
     for schedule, expected in tables["edge_cases"]:
         if expected == "ValueError":
             with pytest.raises(ParamError):

@@ -211,12 +211,13 @@ class Run:
         assert self.prepared is not None
         assert self.codes is not None
         assert self.timings is not None
+        assert self.total_samples is not None
         song, origin = self._song, None
         if self._layer is not None:
             origin = Origin(
                 vocal_codes=self.prepared.vocal_codes,
                 prefix=self.prepared.prefix,
-                layers=(Layer(0, np.stack(self._layer), 0, audio.shape[1]),),
+                layers=(Layer(0, np.stack(self._layer), 0, self.total_samples),),
                 flow_seed=self._params.seed,
                 bundle_sha256=self._loaded.bundle.sha256,
                 start_s=float(song.start_s),

@@ -1,0 +1,150 @@
+"""Engines on PyTorch: AOTInductor packages, and the whole main path on the device.
+
+`load_package` loads what lada_rt_export.to_aoti wrote. `torch_loop.path.engines_on_device` then gives the denoiser and
+the flow their loops, so that between the vocal's codes and the waveform only the codes of the song cross to the host.
+torch is imported on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lada_rt.errors import BundleError, EngineError, LadaError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["TorchEngine", "device_key", "import_torch", "load_package"]
+
+
+def import_torch() -> ModuleType:
+    """Import torch.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise EngineError(
+            'backend torch: the package is missing; install it with: pip install "lada-rt[gpu]"'
+        ) from None
+    return torch
+
+
+def device_key(device: str) -> str:
+    """What compiled code depends on: `sm_90` for a GPU of that architecture, `cpu-x86_64` for a processor.
+
+    Raises:
+        EngineError: torch or the device is missing.
+    """
+    torch = import_torch()
+    if torch.device(device).type != "cuda":
+        return f"cpu-{platform.machine()}"
+    if not torch.cuda.is_available():
+        raise EngineError(
+            "backend torch: expected a CUDA device, this torch sees none; use --device cpu, or check the driver "
+            "with: lada-rt doctor"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+class TorchEngine:
+    """A stage that torch runs: named arrays or named device tensors in, the same kind out. Thread-safe."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        output_names: Sequence[str],
+        device: torch.device,
+        *,
+        n_bytes: int = 0,
+    ) -> None:
+        """Args:
+        function: takes the inputs by name as tensors on `device`; returns one tensor or a tuple of them.
+        output_names: one name for each result.
+        device: where it computes.
+        n_bytes: device memory of its weights.
+        """
+        self._torch = import_torch()
+        self._function = function
+        self._output_names = tuple(output_names)
+        self.device = device
+        self.n_bytes = n_bytes
+        # A package is loaded without its own locks, which cannot be captured in a graph.
+        self._lock = threading.Lock()
+
+    def run_device(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Evaluate on device tensors; nothing waits for the result.
+
+        Raises:
+            EngineError: torch failed, or the inputs do not fit.
+        """
+        try:
+            # no_grad, not inference_mode: the loops update results in place
+            with self._lock, self._torch.no_grad():
+                result = self._function(**inputs)
+        except LadaError:
+            raise
+        except Exception as error:
+            raise EngineError(
+                f"backend torch: the run failed ({' '.join(str(error).split())[:300]}); report it with: lada-rt doctor"
+            ) from error
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        return dict(zip(self._output_names, outputs, strict=True))
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Evaluate on arrays; waits for the result."""
+        from lada_rt.torch_loop.device import to_device, to_host
+
+        found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
+        return {name: to_host(tensor) for name, tensor in found.items()}
+
+
+def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) -> TorchEngine:
+    """Load one AOTInductor package.
+
+    Args:
+        folder: holds the package.
+        part: its entry in the description that lada_rt_export.to_aoti.build_engine returned: `file`, `sha256`,
+            `bytes`, `outputs`.
+        device: where it was compiled for.
+
+    Raises:
+        BundleError: the file is missing or is not the one described; it is not loaded then, for it holds native code.
+        EngineError: torch cannot load it.
+    """
+    torch = import_torch()
+    path = folder / Path(str(part["file"])).name
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(
+            f"{path}: expected an engine package, it cannot be read ({error.strerror}); rebuild it with: "
+            "lada-rt build-engine --backend torch"
+        ) from None
+    if digest != part["sha256"]:
+        raise BundleError(
+            f"{path}: expected sha256 {str(part['sha256'])[:12]}..., got {digest[:12]}...; rebuild it with: "
+            "lada-rt build-engine --backend torch"
+        )
+    index = -1 if device.type != "cuda" or device.index is None else device.index
+    try:
+        compiled = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+    except Exception as error:
+        raise EngineError(
+            f"{path}: torch {torch.__version__} cannot load it ({' '.join(str(error).split())[:200]}); rebuild it "
+            "with: lada-rt build-engine --backend torch"
+        ) from None
+    return TorchEngine(compiled, part["outputs"], device, n_bytes=int(part["bytes"]))

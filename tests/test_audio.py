@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from lada_rt.audio import check_output_path, load_audio, mix_vocal, to_pcm16, wav_header, write_audio
 from lada_rt.errors import AudioError, ParamError
 from stubs import sung
@@ -142,14 +143,60 @@ class FullDisk:
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = tmp_path / "out.wav"
+    kept = tmp_path / "out.flac"
     kept.write_bytes(b"the old one")
     real = soundfile.SoundFile
     monkeypatch.setattr(soundfile, "SoundFile", lambda *args, **kw: FullDisk(real(*args, **kw)))
     with pytest.raises(ParamError, match="No space left"):
         write_audio(kept, np.zeros((2, 100), np.float32), 48_000)
     assert kept.read_bytes() == b"the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.flac"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this platform has no /dev/full")
+@pytest.mark.parametrize("n_samples", [100, 1_000_000])
+def test_full_disk_under_a_wav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_samples: int) -> None:
+    """Whether the write itself fails or only the flush of what was buffered."""
+    kept = tmp_path / "out.wav"
+    kept.write_bytes(b"the old one")
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": real(Path("/dev/full") if mode == "wb" else self, mode))
+    with pytest.raises(ParamError, match="No space left"):
+        write_audio(kept, np.zeros((2, n_samples), np.float32), 48_000)
+    assert kept.read_bytes() == b"the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["out.wav"]
+
+
+def test_wav_beyond_4_gib_is_refused() -> None:
+    wav_header(2**30 - 64, 48_000)
+    with pytest.raises(ParamError, match="4 GiB"):
+        wav_header(2**30, 48_000)
+
+
+@pytest.mark.parametrize("rate_hz", [44_100, 96_000])
+def test_reading_in_blocks_equals_reading_at_once(
+    tmp_path: Path, rate_hz: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stereo = np.stack([sung(rate_hz * 3), sung(rate_hz * 3, seed=1)], axis=1)
+    path = write(tmp_path / "v.wav", stereo, rate_hz, subtype="FLOAT")
+    whole = soxr.resample(stereo, rate_hz, 48_000, quality="VHQ").T
+    for block in (1 << 18, 10_007):
+        monkeypatch.setattr("lada_rt.audio.BLOCK_FRAMES", block)
+        for source in (path, (stereo.T, rate_hz)):
+            np.testing.assert_allclose(load_audio(source, 48_000).samples, whole, atol=1e-6)
+
+
+def test_truncated_file_keeps_what_is_there(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.flac", sung(48_000 * 20))
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.flac"
+    cut.write_bytes(data[: len(data) // 2])
+    try:
+        loaded = load_audio(cut, 48_000)
+    except AudioError:
+        return  # some builds of libsndfile refuse the file
+    assert 0 < loaded.samples.shape[1] < 48_000 * 20
+    assert loaded.duration_s == pytest.approx(loaded.samples.shape[1] / 48_000)
 
 
 def test_check_output_path(tmp_path: Path) -> None:

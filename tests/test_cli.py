@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from lada_rt import cli
+from lada_rt import Pipeline, cli
+from lada_rt.audio import AudioWriter, wav_header
 from lada_rt.bundle import demo_bundle_path
 from lada_rt.geometry import CodecGeometry
-from stubs import sung
+from lada_rt.loudness import integrated_lufs
+from lada_rt.mix import true_peak
+from stubs import GEOMETRY, stub_pipeline, sung
 
 FAST = ["--steps", "2", "--flow-steps", "1", "--guidance", "1"]
 
@@ -52,6 +55,12 @@ def test_generate_writes_audio_and_report(tmp_path: Path, vocal: Path, capfd: py
     assert "untrained" in printed
     assert "UNTRAINED" in messages
     report = json.loads(report_file.read_text())
+    assert report["duration_s"] == len(samples) / 48_000
+    assert report["peak"] == pytest.approx(np.abs(samples).max(), abs=1e-4)
+    assert -120 < report["true_peak_dbtp"] < 1
+    assert report["mix_gain"] is None
+    assert set(report["loudness_lufs"]) == {"vocal", "accompaniment", "output"}
+    assert -40 < report["loudness_lufs"]["vocal"] < 0
     assert len(report["codes"]) == int(48_000 / 48_000 * 25) + 1
     assert report["seed"] == 13
     assert report["params"]["steps"] == 2
@@ -74,12 +83,6 @@ def test_same_command_same_bytes_other_seed_other_bytes(
     assert outputs[0] != outputs[2]
 
 
-def test_mix_has_the_vocals_length(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "mix.flac"
-    assert run(capfd, "generate", vocal, "-o", out, "--mix", *FAST)[0] == 0
-    assert soundfile.info(out).frames == 48_000
-
-
 def test_stdout_is_a_wav(vocal: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", "-", *FAST]
     done = subprocess.run(command, capture_output=True, check=True)
@@ -89,16 +92,172 @@ def test_stdout_is_a_wav(vocal: Path, tmp_path: Path) -> None:
     assert b"RTF" in done.stderr
 
 
-def test_closed_pipe_ends_quietly(vocal: Path) -> None:
-    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", "-", *FAST]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("options", [[], ["--mix"]])
+def test_header_comes_first_and_a_closed_pipe_ends_the_run(vocal: Path, options: list[str]) -> None:
+    """The header, with the true length, is there while the denoiser works; without a reader the work stops."""
+    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", "-", "--steps", "9999"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    process.stdout.close()
     assert process.stderr is not None
+    header = process.stdout.read(44)
+    assert header == wav_header(48_000 if options else 26 * 1920, 48_000)
+    process.stdout.close()
+    started = time.monotonic()
     messages = process.stderr.read()
-    assert process.wait() == 0
-    assert b"Traceback" not in messages
-    assert b"Exception ignored" not in messages
+    assert process.wait(timeout=60) == 0
+    assert time.monotonic() - started < 20
+    assert b"UNTRAINED" in messages
+    assert messages.count(b"\n") == 1
+
+
+@pytest.fixture
+def stubbed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """Commands run on trivial engines, for what does not depend on the networks."""
+    pipe = stub_pipeline(tmp_path_factory.mktemp("stub"))
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *args, **options: pipe))
+    return pipe
+
+
+def song(path: Path, seconds: float, level: float = 1.0) -> Path:
+    soundfile.write(
+        path, np.stack([sung(int(48_000 * seconds)), sung(int(48_000 * seconds), 1)], axis=1) * level, 48_000
+    )
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--mix"]], ids=["alone", "mix"])
+@pytest.mark.parametrize("level", [0.3, 2.0])
+def test_stdout_equals_the_file(
+    tmp_path: Path,
+    stubbed: Pipeline,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    options: list[str],
+    level: float,
+) -> None:
+    path, out = song(tmp_path / "song.wav", 70, level), tmp_path / "out.wav"
+    assert cli.run(["generate", str(path), "-o", str(out), *options, *FAST]) == 0
+    capfdbinary.readouterr()
+    assert cli.run(["generate", str(path), "-o", "-", *options, *FAST]) == 0
+    printed, messages = capfdbinary.readouterr()
+    assert printed == out.read_bytes()
+    n_codes = GEOMETRY.n_codes(48_000 * 70)
+    assert soundfile.info(out).frames == (48_000 * 70 if options else GEOMETRY.n_samples(n_codes))
+    assert (b"turned down" in messages) == (options == ["--mix"] and level > 1)
+
+
+def test_chunks_reach_the_pipe_before_the_end(
+    tmp_path: Path, stubbed: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window's audio is written before the next but one is begun."""
+    events: list[str] = []
+    flow, write = stubbed._engines["flow"], AudioWriter.write
+
+    class Watch:
+        def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+            events.append("flow")
+            return flow.run(**inputs)
+
+    def watched(self: AudioWriter, samples: np.ndarray) -> None:
+        write(self, samples)
+        events.append("write")
+
+    stubbed._engines["flow"] = Watch()
+    monkeypatch.setattr(AudioWriter, "write", watched)
+    path = song(tmp_path / "song.wav", 150)
+    assert cli.run(["generate", str(path), "-o", str(tmp_path / "o.wav"), *FAST]) == 0
+    assert events.count("write") == 5
+    for n_written in range(5):
+        position = [i for i, e in enumerate(events) if e == "write"][n_written]
+        # One window finished in the queue, one more in the making.
+        assert events[:position].count("flow") <= n_written + 3
+
+
+def test_mix_report(tmp_path: Path, stubbed: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    path, out, report_file = song(tmp_path / "song.wav", 20, 2.0), tmp_path / "mix.flac", tmp_path / "r.json"
+    code, _, messages = run(capfd, "generate", path, "-o", out, "--mix", "--json", report_file, *FAST)
+    assert code == 0
+    assert soundfile.info(out).frames == 48_000 * 20
+    report = json.loads(report_file.read_text())
+    gain = report["mix_gain"]
+    assert gain["vocal_db"] == gain["accompaniment_db"] == 0
+    assert gain["lowest_gain_db"] < 0
+    assert gain["limited_s"] > 0
+    assert f"{-gain['lowest_gain_db']:.1f} dB" in messages
+    assert report["true_peak_dbtp"] < gain["ceiling_dbtp"] + 0.1
+    written = soundfile.read(out, dtype="float32")[0].T
+    assert 20 * np.log10(true_peak(written)) == pytest.approx(report["true_peak_dbtp"], abs=0.01)
+    lufs = report["loudness_lufs"]
+    assert lufs["output"] == pytest.approx(integrated_lufs(written, 48_000), abs=0.01)
+    assert lufs["vocal"] != lufs["accompaniment"]
+
+
+def test_report_without_pyloudnorm_says_so(
+    tmp_path: Path, stubbed: Pipeline, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lada_rt.loudness.available", lambda: False)
+    path, report_file = song(tmp_path / "song.wav", 1), tmp_path / "r.json"
+    assert run(capfd, "generate", path, "-o", tmp_path / "o.wav", "--json", report_file, *FAST)[0] == 0
+    report = json.loads(report_file.read_text())
+    assert report["loudness_lufs"] is None
+    assert "pip install" in report["loudness_note"]
+
+
+def test_keep_and_redo(tmp_path: Path, stubbed: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    path, codes = song(tmp_path / "song.wav", 50), tmp_path / "codes.npz"
+
+    def audio(name: str, *options: object) -> np.ndarray:
+        out = tmp_path / f"{name}.wav"
+        code, _, messages = run(capfd, "generate", path, "-o", out, *options)
+        assert code == 0, messages
+        return soundfile.read(out, dtype="int16")[0]
+
+    first = audio("first", "--save-codes", codes, "--text", "soul", "--start", 2, *FAST)
+    np.testing.assert_array_equal(audio("again", "--keep", codes), first)
+    redone = audio("redone", "--keep", codes, "--redo", "20:25.5", "--save-codes", tmp_path / "next.npz")
+    assert redone.shape == first.shape
+    np.testing.assert_array_equal(redone[: 48_000 * 19], first[: 48_000 * 19])
+    np.testing.assert_array_equal(redone[int(48_000 * 26.1) :], first[int(48_000 * 26.1) :])
+    assert (redone[48_000 * 20 : 48_000 * 25] != first[48_000 * 20 : 48_000 * 25]).any()
+    np.testing.assert_array_equal(audio("twice", "--keep", tmp_path / "next.npz"), redone)
+    seeded = [audio(f"seed{s}", "--keep", codes, "--redo", "20:25.5", "--seed", s) for s in (14, 15)]
+    np.testing.assert_array_equal(seeded[0], redone)  # 13 + 1, which is what no seed means
+    assert (seeded[1] != redone).any()
+    mixed = audio("mixed", "--keep", codes, "--mix")
+    assert len(mixed) == 48_000 * 48
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--redo", "1:2"],
+        ["--keep", "CODES", "--redo", "1"],
+        ["--keep", "CODES", "--redo", "2:1"],
+        ["--keep", "CODES", "--redo", "a:b"],
+        ["--keep", "CODES", "--redo", "90:95"],
+        ["--keep", "CODES", "--text", "soul"],
+        ["--keep", "CODES", "--redo", "0:1", "--start", "1"],
+        ["--keep", "CODES", "--steps", "3"],
+        ["--keep", "none.npz"],
+        ["--keep", "OTHER"],
+        ["--keep", "VOCAL"],
+        ["--save-codes", "/no/such/folder/codes.npz"],
+    ],
+    ids=" ".join,
+)
+def test_bad_keep(tmp_path: Path, stubbed: Pipeline, capfd: pytest.CaptureFixture[str], options: list[str]) -> None:
+    path, other, out = song(tmp_path / "song.wav", 3), song(tmp_path / "other.wav", 4), tmp_path / "out.wav"
+    files = {"CODES": tmp_path / "codes.npz", "OTHER": tmp_path / "other.npz", "VOCAL": path}
+    for name, source in (("CODES", path), ("OTHER", other)):
+        assert run(capfd, "generate", source, "-o", tmp_path / "x.wav", "--save-codes", files[name], *FAST)[0] == 0
+    refused(run(capfd, "generate", path, "-o", out, *(files.get(o, o) for o in options)), 2, out)
+
+
+def test_long(tmp_path: Path, stubbed: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "long.wav", tmp_path / "out.wav"
+    soundfile.write(path, sung(8_000 * 400), 8_000)
+    refused(run(capfd, "generate", path, "-o", out, *FAST), 3, out)
+    assert run(capfd, "generate", path, "-o", out, "--long", *FAST)[0] == 0
+    assert soundfile.info(out).frames == GEOMETRY.n_samples(GEOMETRY.n_codes(48_000 * 400))
 
 
 BAD_OPTIONS = [

@@ -133,6 +133,27 @@ def test_callback_cancels_at_any_stage(pipe: Pipeline, stage: str) -> None:
     assert no_threads_left()
 
 
+def test_nothing_competes_with_the_first_window(pipe: Pipeline) -> None:
+    """First audio must not wait for more than its own window; later windows do overlap."""
+    events: list[str] = []
+
+    class Watch:
+        def __init__(self, name: str) -> None:
+            self.name, self.engine = name, pipe._engines[name]
+
+        def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = self.engine.run(**inputs)
+            events.append(self.name)
+            return outputs
+
+    pipe._engines |= {name: Watch(name) for name in ("flow", "vocoder")}
+    timings = pipe.generate((sung(48_000 * 150), 48_000), params=FAST).timings
+    first_flow, first_render = FAST.flow_steps, 2 * 8  # eight vocoder blocks for each channel
+    assert events[: first_flow + first_render] == ["flow"] * first_flow + ["vocoder"] * first_render
+    bound = timings.encode_s + timings.condition_s + timings.denoise_s + timings.first_window_s
+    assert timings.first_audio_s >= bound * 0.99
+
+
 def test_callback_error_reaches_the_caller(pipe: Pipeline) -> None:
     def fail(progress: Progress) -> None:
         if progress.stage == "denoise":

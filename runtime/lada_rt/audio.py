@@ -328,11 +328,11 @@ class AudioWriter:
     file and to a pipe; its header holds the true length.
     """
 
-    def __init__(self, path: Path | None, rate_hz: int, stdout: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path | None, rate_hz: int, n_channels: int = 2) -> None:
         self._path = path
         self._rate_hz = rate_hz
+        self._n_channels = n_channels
         self._stack = contextlib.ExitStack()
-        self._stdout = stdout
         self._bytes: BinaryIO | None = None  # a WAV
         self._encoded: Any = None  # what libsndfile writes
         self._temporary: Path | None = None
@@ -349,10 +349,10 @@ class AudioWriter:
             BrokenPipeError: nobody reads stdout.
         """
         self._expected = n_samples
-        header = wav_header(n_samples, self._rate_hz) if self._path is None or self._is_wav else b""
+        header = wav_header(n_samples, self._rate_hz, self._n_channels) if self._path is None or self._is_wav else b""
         with self._refusals():
             if self._path is None:
-                self._bytes = self._stdout or sys.stdout.buffer
+                self._bytes = sys.stdout.buffer
             else:
                 self._temporary = self._stack.enter_context(replaced_file(self._path))
                 if self._is_wav:
@@ -362,14 +362,16 @@ class AudioWriter:
 
                     container, subtype = OUTPUT_FORMATS[self._path.suffix.lower()]
                     self._encoded = self._stack.enter_context(
-                        soundfile.SoundFile(self._temporary, "w", self._rate_hz, 2, subtype, format=container)
+                        soundfile.SoundFile(
+                            self._temporary, "w", self._rate_hz, self._n_channels, subtype, format=container
+                        )
                     )
             if self._bytes is not None:
                 self._bytes.write(header)
                 self._bytes.flush()
 
     def write(self, samples: np.ndarray) -> None:
-        """Append [2, n] float32; the pieces add up to the length given to `begin`."""
+        """Append [C, n] float32; the pieces add up to the length given to `begin`."""
         with self._refusals():
             for start in range(0, samples.shape[1], self._rate_hz * 10):
                 block = samples[:, start : start + self._rate_hz * 10]
@@ -412,12 +414,12 @@ class AudioWriter:
 
 
 def write_audio(path: Path, samples: np.ndarray, rate_hz: int) -> None:
-    """Write [2, N] float32 as the file type of `path`'s suffix; a failure leaves no file behind.
+    """Write [C, N] float32 as the file type of `path`'s suffix; a failure leaves no file behind.
 
     Raises:
         ParamError: the file cannot be written.
     """
-    with AudioWriter(path, rate_hz) as writer:
+    with AudioWriter(path, rate_hz, samples.shape[0]) as writer:
         writer.begin(samples.shape[1])
         writer.write(samples)
 

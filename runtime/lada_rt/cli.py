@@ -6,17 +6,30 @@ audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import lada_rt
-from lada_rt.errors import EngineError, LadaError, ParamError
+from lada_rt.errors import EngineError, GenerationCancelled, LadaError, ParamError
+
+if TYPE_CHECKING:
+    from lada_rt.params import GenerationParams
+    from lada_rt.pipeline import Pipeline
+    from lada_rt.progress import OnProgress
+    from lada_rt.results import Result
 
 PathArg = click.Path(path_type=Path)
+
+#: options of `generate` that say how codes are drawn and decoded, named as in GenerationParams
+DRAWING_OPTIONS = (
+    *("steps", "schedule", "strategy", "top_k", "top_p", "temperature", "mask_temperature"),
+    *("flow_steps", "guidance", "seed"),
+)
 
 
 def backend_options(command: Any) -> Any:
@@ -102,6 +115,10 @@ def app() -> None:
 @click.option("--start", type=float, default=0.0, metavar="S", help="Start of the segment in seconds.")
 @click.option("--end", type=float, metavar="E", help="End of the segment in seconds. Default: end of the file.")
 @click.option("--mix", is_flag=True, help="Add the vocal at unity gain; the output gets the vocal's length.")
+@click.option("--long", is_flag=True, help="Take a vocal beyond the bundle's limit: denoise overlapping spans of it.")
+@click.option("--save-codes", type=PathArg, metavar="NPZ", help="Keep codes and latents, for --keep.")
+@click.option("--keep", type=PathArg, metavar="NPZ", help="Start from a saved run of this VOCAL, and its options.")
+@click.option("--redo", metavar="S:E", help="With --keep: draw these seconds anew, such as 30:45, and keep the rest.")
 @backend_options
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
@@ -115,6 +132,10 @@ def generate(
     start: float,
     end: float | None,
     mix: bool,
+    long: bool,
+    save_codes: Path | None,
+    keep: Path | None,
+    redo: str | None,
     backend: str,
     device: str,
     json_file: Path | None,
@@ -122,43 +143,132 @@ def generate(
     **options: Any,
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
-    from lada_rt.audio import check_output_path, mix_vocal, to_pcm16, wav_header, write_audio
+    from lada_rt.audio import check_output_path
+    from lada_rt.delivery import Delivery
     from lada_rt.params import GenerationParams
     from lada_rt.pipeline import Pipeline
+    from lada_rt.progress import Progress
+    from lada_rt.saved_run import save_codes as write_codes
     from lada_rt.terminal import ProgressBars, print_summary, write_json_report
 
     params = GenerationParams(**options)
-    to_stdout = out == "-"
-    if not to_stdout:
-        check_output_path(Path(out), vocal)
+    region = check_keep(keep, redo)
+    path = None if out == "-" else Path(out)
+    if path is not None:
+        check_output_path(path, vocal)
     check_report_path(json_file)
+    check_report_path(save_codes, "--save-codes")
 
     pipeline = Pipeline.load(bundle, backend=backend, device=device)
     if not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
+    rate_hz = pipeline.bundle.geometry.sample_rate_hz
     with ProgressBars(enabled=not quiet and sys.stderr.isatty()) as bars:
-        result = pipeline.generate(
-            vocal,
-            text=text,
-            reference=reference,
-            params=params,
-            start_s=start,
-            end_s=end,
-            on_progress=bars.update,
-        )
+        delivery = Delivery(path, rate_hz, mix=mix, measure=json_file is not None)
+        try:
+            with delivery:
+                if keep is not None:
+                    result = redo_saved(pipeline, keep, vocal, region, params, bars.update)
+                    delivery.begin(result.audio.shape[1], result.vocal)
+                    delivery.write(result.audio)
+                else:
+
+                    def watch(progress: Progress) -> bool:
+                        bars.update(progress)
+                        if stream.total_samples is not None and stream.vocal is not None:
+                            delivery.begin(stream.total_samples, stream.vocal)
+                        return not delivery.reader_gone()
+
+                    with pipeline.stream(
+                        vocal,
+                        text=text,
+                        reference=reference,
+                        params=params,
+                        start_s=start,
+                        end_s=end,
+                        long=long,
+                        on_progress=watch,
+                        keep_latents=save_codes is not None,
+                    ) as stream:
+                        for chunk in stream:
+                            delivery.write(chunk.samples)
+                        result = stream.result()
+        except (BrokenPipeError, GenerationCancelled):
+            # Nobody is left to serve, so this is a quiet end.
+            delivery.abandon()
+            return
     for line in result.warnings:
         note(line)
-    audio = mix_vocal(result.audio, result.vocal) if mix else result.audio
-    peak = float(abs(audio).max())
-    if peak > 1.0:
-        note(f"the output's peak is {peak:.2f} and is clipped to full scale")
-    if to_stdout:
-        write_stdout(wav_header(audio.shape[1], result.sample_rate) + to_pcm16(audio).tobytes())
-    else:
-        write_audio(Path(out), audio, result.sample_rate)
+    gain = delivery.gain
+    if gain is not None and gain.lowest_gain_db < 0:
+        note(
+            f"the mix was turned down by up to {-gain.lowest_gain_db:.1f} dB, for {gain.limited_s:.2f} s in all, "
+            "to stay below its true-peak ceiling"
+        )
+    if save_codes is not None:
+        write_codes(save_codes, result)
     if json_file is not None:
-        write_json_report(json_file, pipeline, result, vocal=vocal, out=out, text=text, reference=reference, mix=mix)
-    print_summary(pipeline, result, out, audio.shape[1], file=sys.stderr if to_stdout else sys.stdout)
+        write_json_report(
+            json_file,
+            pipeline,
+            result,
+            delivery,
+            vocal=vocal,
+            out=out,
+            text=text,
+            reference=reference,
+            mix=mix,
+        )
+    print_summary(pipeline, result, out, delivery.n_samples or 0, file=sys.stderr if path is None else sys.stdout)
+
+
+def check_keep(keep: Path | None, redo: str | None) -> tuple[float, float] | None:
+    """The region of --redo in seconds; refuse options that --keep leaves without effect."""
+    given = {
+        name.replace("_", "-")
+        for name in click.get_current_context().params
+        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    fixed = given & {"text", "reference", "start", "end", "long", "prefix-order"}
+    drawing = given & {name.replace("_", "-") for name in DRAWING_OPTIONS}
+    if keep is not None and fixed:
+        raise ParamError(f"--{min(fixed)}: expected none with --keep, which brings its own; leave it out")
+    if keep is not None and redo is None and drawing:
+        raise ParamError(f"--{min(drawing)}: has no effect, as --keep alone draws nothing; add --redo S:E")
+    if redo is None:
+        return None
+    if keep is None:
+        raise ParamError("--redo: expected --keep NPZ with it, the run to change; make one with --save-codes NPZ")
+    try:
+        start, end = (float(part) for part in redo.split(":"))
+    except ValueError:
+        raise ParamError(f"--redo: expected seconds as start:end, such as 30:45, got {redo!r}") from None
+    return start, end
+
+
+def redo_saved(
+    pipeline: Pipeline,
+    keep: Path,
+    vocal: Path,
+    region: tuple[float, float] | None,
+    params: GenerationParams,
+    on_progress: OnProgress,
+) -> Result:
+    """Bring a saved run back and draw a region of it anew, with its own options where the command line names none."""
+    from lada_rt.saved_run import load_codes
+
+    context = click.get_current_context()
+    result = pipeline.restore(load_codes(keep), vocal, on_progress=on_progress)
+    if region is None:
+        return result
+    given = {
+        name: getattr(params, name)
+        for name in DRAWING_OPTIONS
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    seed = given.pop("seed", None)
+    options = dataclasses.replace(result.params, **given)
+    return pipeline.regenerate(result, *region, seed=seed, params=options, on_progress=on_progress)
 
 
 @app.command("build-engine")
@@ -178,6 +288,12 @@ def generate(
     show_default=True,
     help="fp32, bf16 or fp16 for denoiser and flow; ,STAGE=PRECISION sets single stages: bf16,vocoder=fp16.",
 )
+@click.option("--device", default="auto", show_default=True, help="Where torch engines run: auto, cpu or cuda.")
+@click.option(
+    "--compatibility",
+    metavar="A,B",
+    help="For TensorRT engines that run on more, slower: later-versions, ampere-plus or both.",
+)
 @click.option("--max-seconds", type=int, default=360, show_default=True, help="Longest song, 1 to 360.")
 @click.option("--stages", metavar="A,B", help="Build these only; the others are kept if they are up to date.")
 @click.option("--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, untrained.")
@@ -189,6 +305,8 @@ def build_engine(
     out: Path,
     backend: str,
     precision: str,
+    device: str,
+    compatibility: str | None,
     max_seconds: int,
     stages: str | None,
     demo: bool,
@@ -213,6 +331,8 @@ def build_engine(
         tokenizer=tokenizer,
         backend=backend,
         precision=precision,
+        device=device,
+        compatibility=compatibility,
         max_seconds=max_seconds,
         stages=stages,
         log=note,
@@ -241,6 +361,38 @@ def inspect(bundle: Path | None, json_file: Path | None) -> None:
 
 
 @app.command()
+@bundle_option
+@click.option("--steps", default="8,20,60", show_default=True, help="Denoising steps to measure, separated by commas.")
+@click.option("--seconds", default="10,30", show_default=True, help="Lengths of the vocal, which is sung for you.")
+@click.option("--repeat", type=int, default=3, show_default=True, help="Timed runs of each combination.")
+@click.option("--flow-steps", type=int, default=20, show_default=True, help="Steps of the flow decoder.")
+@click.option("--seed", type=int, default=13, show_default=True, help="Of the vocal and of the runs.")
+@click.option("--text", default="", help="Description of the music.")
+@click.option("--quality/--no-quality", default=True, show_default=True, help="What fewer steps cost, beside the time.")
+@click.option("--peaks", metavar="TFLOPS,GBPS", help="Of the device, for the floor. Default: measured on a CPU.")
+@click.option("--reference-bundle", type=PathArg, metavar="B", help="fp32 bundle of the same weights to check against.")
+@click.option("--baseline", is_flag=True, help="Run the plain torch program too, in turn; needs the export extra.")
+@click.option("--checkpoint", type=PathArg, metavar="F", help="The bundle's checkpoint, for --baseline.")
+@click.option("--pretrained-root", type=PathArg, metavar="D", help="Its pretrained files, for --baseline.")
+@click.option("--plot", type=PathArg, metavar="F.png", help="Draw RTF against steps, stacked by stage.")
+@click.option("--compare", nargs=2, type=PathArg, metavar="A B", help="Compare two --json reports; measure nothing.")
+@click.option("--max-regression", default="10%", show_default=True, help="With --compare: exit 1 past this.")
+@backend_options
+@json_option
+@debug_option
+def bench(compare: tuple[Path, Path] | None, max_regression: str, **options: Any) -> None:
+    """Measure RTF, TTFA and memory across step counts and lengths; every configuration is checked first."""
+    from lada_rt.bench.command import compare_files, run_command
+
+    if compare is not None:
+        if not compare_files(*compare, max_regression):
+            raise click.exceptions.Exit(1)
+        return
+    check_report_path(options["json_file"])
+    run_command(**options, log=note)
+
+
+@app.command()
 @json_option
 @debug_option
 def doctor(json_file: Path | None) -> None:
@@ -255,21 +407,10 @@ def doctor(json_file: Path | None) -> None:
         write_json(json_file, report)
 
 
-def check_report_path(json_file: Path | None) -> None:
+def check_report_path(json_file: Path | None, option: str = "--json") -> None:
     """Refuse a report that cannot be written before any work is done."""
     if json_file is not None and (not json_file.parent.is_dir() or json_file.is_dir()):
-        raise ParamError(f"--json: {json_file}: cannot be written; give a file name in a folder that exists")
-
-
-def write_stdout(data: bytes) -> None:
-    """Write bytes to stdout; when the reader has gone, end quietly, as there is nobody left to serve."""
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # Keep the interpreter from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.exceptions.Exit(0) from None
+        raise ParamError(f"{option}: {json_file}: cannot be written; give a file name in a folder that exists")
 
 
 def note(message: str) -> None:

@@ -288,15 +288,18 @@ class Stream(Iterator[Chunk]):
         """What had to be mended in the inputs; known from the first chunk on."""
         return self._run.warnings
 
-    def result(self, audio: np.ndarray) -> Result:
-        """The run as `generate` returns it, after the last chunk; `audio` is the chunks joined.
+    def result(self, audio: np.ndarray | None = None) -> Result:
+        """The run as `generate` returns it, after the last chunk.
+
+        Args:
+            audio: the chunks joined; None leaves the result without audio.
 
         Raises:
             ParamError: chunks are still to come.
         """
         if self._run.timings is None:
             raise ParamError("result: expected a finished stream, chunks are still to come; take them all first")
-        return self._run.result(audio)
+        return self._run.result(np.zeros((2, 0), np.float32) if audio is None else audio)
 
 
 def join(chunks: Iterable[Chunk]) -> np.ndarray:

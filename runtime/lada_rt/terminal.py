@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -17,8 +16,10 @@ from rich.text import Text
 import lada_rt
 from lada_rt.audio import replaced_file
 from lada_rt.bundle import Bundle, TensorEntry
-from lada_rt.pipeline import Pipeline, Result
+from lada_rt.delivery import Delivery
+from lada_rt.pipeline import Pipeline
 from lada_rt.progress import Progress
+from lada_rt.results import Result
 
 __all__ = [
     "ProgressBars",
@@ -57,7 +58,7 @@ class ProgressBars:
     def update(self, progress: Progress) -> None:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.total)
-        self._bars.update(self._tasks[progress.stage], completed=progress.step)
+        self._bars.update(self._tasks[progress.stage], completed=progress.step, total=progress.total)
 
 
 def print_summary(pipeline: Pipeline, result: Result, out: str, n_samples: int, file: TextIO) -> None:
@@ -75,6 +76,7 @@ def write_json_report(
     path: Path,
     pipeline: Pipeline,
     result: Result,
+    delivery: Delivery,
     *,
     vocal: Path,
     out: str,
@@ -104,12 +106,12 @@ def write_json_report(
             "backend": pipeline.backend,
             "device": pipeline.device,
             "sample_rate_hz": result.sample_rate,
-            "duration_s": result.audio.shape[1] / result.sample_rate,
+            "duration_s": (delivery.n_samples or 0) / result.sample_rate,
             "rtf": result.timings.rtf,
             "ttfa_s": result.timings.first_audio_s,
             "timings": result.timings.to_json(),
             "peak_rss_mb": peak_rss_mb(),
-            "peak": float(np.abs(result.audio).max()),
+            **delivery.measurements(),
             "warnings": list(result.warnings),
             "codes": result.codes.tolist(),
         },

@@ -28,7 +28,7 @@ from lada_rt.engines.cache import list_engines
 from lada_rt.errors import BundleError, ExportError, ParamError
 
 from lada_rt_export.bundle_source import BundleHeader, BundleSource
-from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
+from lada_rt_export.engine_builders import COMPATIBILITY, EngineJob, build_engine, check_backend, engine_device
 from lada_rt_export.stage_graph import GraphJob, build_graph
 from lada_rt_export.stages import StageSpec, stage_precisions, stage_spec
 from lada_rt_export.to_onnx import OPSET
@@ -38,8 +38,6 @@ __all__ = ["BuildOptions", "build_bundle"]
 
 #: bump when exporter, stage modules or proof change in a way that a version number of lada-rt does not show
 EXPORTER_REVISION: Final = 1
-#: a build stays below this, whatever the machine has
-_MEMORY_BYTES: Final = 16 << 30
 #: interpreter, torch, exporter
 _PROCESS_BYTES: Final = 1 << 30
 #: exporting has a cost that does not grow with the weights
@@ -56,7 +54,10 @@ class BuildOptions:
         backend: "onnxruntime" runs the graphs themselves; "tensorrt" and "torch" add compiled engines.
         precision: see `stages.stage_precisions`.
         stages: those to build; the others are taken over if they are up to date.
-        device: where engines of the torch backend are to run, "auto", "cpu" or "cuda".
+        device: where compiled engines are to run: "auto" (a GPU if there is one), "cpu" or "cuda".
+        compatibility: of "later-versions" (of TensorRT) and "ampere-plus" (GPUs), for slower engines that run on more.
+        memory_bytes: what a build may take; sizes of the proof that would need more are left out and named in the
+            manifest.
 
     Raises:
         ParamError: an unknown backend, precision or stage.
@@ -66,12 +67,20 @@ class BuildOptions:
     precision: str = "fp32"
     stages: Sequence[str] = STAGES
     device: str = "auto"
+    compatibility: Sequence[str] = ()
+    memory_bytes: int = 16 << 30
 
     def __post_init__(self) -> None:
         stage_precisions(self.precision)
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages:
             raise ParamError(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
+        wrong = [name for name in self.compatibility if name not in COMPATIBILITY]
+        if wrong or (self.compatibility and self.backend != "tensorrt"):
+            raise ParamError(
+                f"--compatibility: expected some of {', '.join(COMPATIBILITY)} with --backend tensorrt, "
+                f"got {', '.join(self.compatibility)} with {self.backend}"
+            )
         check_backend(self.backend, self.device)
 
 
@@ -169,7 +178,7 @@ class _Build:
         check_memory(name, weight_bytes + _PROCESS_BYTES)
         self.work.forget(name)
         start = time.monotonic()
-        budget = min(available_memory(), _MEMORY_BYTES) - 2 * weight_bytes - _PROCESS_BYTES
+        budget = min(available_memory(), self.options.memory_bytes) - 2 * weight_bytes - _PROCESS_BYTES
         spec = self._spec(name)
         entry = replace(build_graph(GraphJob(spec, self.work.bundle, max(budget, 0), self.log)), build_key=key)
         proof = entry.proof
@@ -197,9 +206,16 @@ class _Build:
         bundle.verify()
         self._keep_engines(bundle)
         for stage in self.options.stages if self.options.backend != "onnxruntime" else ():
+            device = engine_device(self.options.backend, self.options.device)
             build_engine(
                 EngineJob(
-                    bundle, stage, partial(self._spec, stage), self.options.backend, self.options.device, self.log
+                    bundle,
+                    stage,
+                    partial(self._spec, stage),
+                    self.options.backend,
+                    device,
+                    frozenset(self.options.compatibility),
+                    self.log,
                 )
             )
             gc.collect()

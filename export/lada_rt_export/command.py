@@ -24,6 +24,8 @@ def build(
     tokenizer: Path | None = None,
     backend: str = "onnxruntime",
     precision: str = "fp32",
+    device: str = "auto",
+    compatibility: str | None = None,
     max_seconds: int = 360,
     stages: str | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -33,7 +35,8 @@ def build(
     Args:
         out: the bundle's folder.
         checkpoint, pretrained_root, tokenizer: see `Release.locate`.
-        backend, precision: see `BuildOptions`.
+        backend, precision, device: see `BuildOptions`.
+        compatibility: names joined by commas; None is none.
         max_seconds: longest song.
         stages: names joined by commas; None is all.
         log: told one line per step.
@@ -45,7 +48,13 @@ def build(
         ParamError, EngineError, CheckpointError, ExportError: see `build_bundle`.
     """
     chosen = STAGES if stages is None else tuple(name.strip() for name in stages.split(","))
-    options = BuildOptions(backend=backend, precision=precision, stages=chosen)
+    options = BuildOptions(
+        backend=backend,
+        precision=precision,
+        stages=chosen,
+        device=device,
+        compatibility=() if compatibility is None else tuple(name.strip() for name in compatibility.split(",")),
+    )
     source: BundleSource
     if checkpoint is None or pretrained_root is None:
         source = DemoSource()

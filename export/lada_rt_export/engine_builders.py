@@ -9,24 +9,27 @@ import importlib
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from lada_rt.bundle import Bundle
-from lada_rt.engines import BACKENDS
+from lada_rt.engines import BACKENDS, DEVICES
 from lada_rt.engines.cache import EngineEntry, EngineKey, list_engines, misfit, this_machine, write_engine
 from lada_rt.errors import EngineError, ExportError, ParamError
 
 from lada_rt_export.stages import StageSpec
 
-__all__ = ["BUILDERS", "BuiltEngine", "EngineJob", "build_engine", "check_backend"]
+__all__ = ["BUILDERS", "COMPATIBILITY", "BuiltEngine", "EngineJob", "build_engine", "check_backend", "engine_device"]
+
+#: what a TensorRT engine may be asked to run on beside the machine it is built on
+COMPATIBILITY: Final = ("later-versions", "ampere-plus")
 
 #: backend -> (module, what it needs, how to get it)
 BUILDERS: Final[Mapping[str, tuple[str, str, str]]] = {
     "tensorrt": ("lada_rt_export.to_tensorrt", "tensorrt", 'pip install "lada-rt[gpu]"'),
-    "torch": ("lada_rt_export.to_aoti", "torch", 'pip install "lada-rt[export]"'),
+    "torch": ("lada_rt_export.torch_builder", "torch", 'pip install "lada-rt[export]"'),
 }
 
 
@@ -37,12 +40,14 @@ class BuiltEngine:
     Attributes:
         key: what it was built from and for.
         files: in the folder the builder was given.
-        proof: for the manifest; as `proof.prove` returns it.
+        proof: what was measured; `max_rel_error` and `tolerance` at least.
+        description: what the runtime's loader needs beside the key.
     """
 
     key: EngineKey
-    files: list[Path]
+    files: Sequence[Path]
     proof: Mapping[str, Any]
+    description: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class EngineJob:
         stage: name.
         spec: makes the stage with its float32 module.
         backend: name.
-        device: "auto", "cpu" or "cuda".
+        device: "cpu" or "cuda".
+        compatibility: of "later-versions" and "ampere-plus", for TensorRT.
         log: told one line per step.
     """
 
@@ -63,6 +69,7 @@ class EngineJob:
     spec: Callable[[], StageSpec]
     backend: str
     device: str
+    compatibility: frozenset[str]
     log: Callable[[str], None]
 
 
@@ -70,24 +77,36 @@ class _Builder(Protocol):
     def build(self, job: EngineJob, folder: Path) -> BuiltEngine: ...
 
 
+def engine_device(backend: str, device: str) -> str:
+    """What "auto" means for a compiled backend: the GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
+
+
 def check_backend(backend: str, device: str = "auto") -> None:
     """Refuse what cannot be built here before any work is done.
 
     Raises:
-        ParamError: an unknown backend.
+        ParamError: an unknown backend or device.
         EngineError: the backend, or the GPU it needs, is missing.
     """
     if backend not in BACKENDS:
         raise ParamError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if device not in ("auto", *DEVICES):
+        raise ParamError(f"--device: expected one of auto, {', '.join(DEVICES)}, got {device!r}")
     if backend == "onnxruntime":
         return
     _, needs, remedy = BUILDERS[backend]
     if importlib.util.find_spec(needs) is None:
         raise EngineError(f"backend {backend}: the package {needs} is missing; install it with: {remedy}")
-    if backend == "tensorrt" and this_machine("tensorrt", device).arch.startswith("cpu"):
+    has_gpu = this_machine(backend).arch.startswith("sm_")
+    if not has_gpu and (device == "cuda" or backend == "tensorrt"):
         raise EngineError(
-            "backend tensorrt: no NVIDIA GPU found, engines are built on the GPU they run on; see: lada-rt doctor"
+            f"backend {backend}: no NVIDIA GPU found, engines are built on the GPU they run on; see: lada-rt doctor"
         )
+    if backend == "tensorrt" and device == "cpu":
+        raise EngineError("backend tensorrt: expected --device cuda, it runs on NVIDIA GPUs only")
 
 
 def build_engine(job: EngineJob) -> EngineEntry:
@@ -119,7 +138,7 @@ def build_engine(job: EngineJob) -> EngineEntry:
                 f"{proof['max_rel_error']:.2e}, allowed {proof['tolerance']:.0e}; it was not kept, choose another "
                 "--precision"
             )
-        entry = write_engine(engines, built.key, built.files, proof)
+        entry = write_engine(engines, built.key, built.files, proof, built.description)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     job.log(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lada_rt_export.stages import ProofCase, StageSpec
 
-__all__ = ["ModuleEngine", "Reference", "Results", "describe", "module_results", "output_error", "prove", "reference"]
+__all__ = ["ModuleEngine", "Reference", "Results", "module_results", "output_error", "prove", "reference"]
 
 Results = dict[str, np.ndarray]
 
@@ -27,13 +27,13 @@ class Reference:
     Attributes:
         cases: the sizes that fit the memory, from the smallest.
         results: of each case.
-        seconds: of the last case.
+        seconds: of each case.
         left_out: sizes that did not fit, with the memory they were judged to need.
     """
 
     cases: list[ProofCase]
     results: list[Results]
-    seconds: float
+    seconds: list[float]
     left_out: dict[str, int]
 
 
@@ -47,14 +47,14 @@ def reference(spec: StageSpec, memory_bytes: int) -> Reference:
     cases: list[ProofCase] = []
     results: list[Results] = []
     left_out: dict[str, int] = {}
-    seconds = 0.0
+    seconds: list[float] = []
     for case in spec.cases():
         if cases and case.activation_bytes > memory_bytes:
             left_out[case.size] = case.activation_bytes
             continue
         start = time.perf_counter()
         results.append(module_results(spec, spec.module, case))
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         cases.append(case)
     return Reference(cases, results, seconds, left_out)
 
@@ -69,7 +69,11 @@ def module_results(spec: StageSpec, module: nn.Module, case: ProofCase) -> Resul
 
 
 def prove(
-    spec: StageSpec, expected: Reference, engine: Engine, method: str, tolerance: float | None = None
+    spec: StageSpec,
+    expected: Reference,
+    engine: Engine,
+    method: str,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run an engine on the inputs of the reference.
 
@@ -78,7 +82,7 @@ def prove(
         expected: what the float32 module answered.
         engine: to be compared.
         method: what was run, in words for the manifest.
-        tolerance: in place of the stage's own.
+        log: told of each size: seconds and error.
 
     Returns:
         For the manifest: what was run, the error of each size and the worst, the tolerance, sizes left out.
@@ -86,11 +90,13 @@ def prove(
     Raises:
         ExportError: an error is over the tolerance.
     """
-    allowed = spec.tolerance if tolerance is None else tolerance
+    allowed = spec.tolerance
     errors: dict[str, float] = {}
-    for case, wanted in zip(expected.cases, expected.results, strict=True):
+    for case, wanted, module_s in zip(expected.cases, expected.results, expected.seconds, strict=True):
         arrays = {name: tensor.numpy() for name, tensor in case.inputs.items()}
+        start = time.perf_counter()
         found = engine.run(**arrays)
+        engine_s = time.perf_counter() - start
         wanted_values, found_values = spec.compare(wanted), spec.compare(found)
         for name, value in wanted_values.items():
             error = output_error(found_values[name], value)
@@ -101,6 +107,7 @@ def prove(
                     f"{error:.2e}, allowed {allowed:.0e}; the engine was not kept, choose another --precision"
                 )
             errors[case.size] = max(errors.get(case.size, 0.0), error)
+        log(f"  {case.size}: module {module_s:.2f} s, engine {engine_s:.2f} s, error {errors[case.size]:.1e}")
     proof: dict[str, Any] = {
         "method": method,
         "max_rel_error": _rounded(max(errors.values())),
@@ -139,8 +146,3 @@ class ModuleEngine:
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         case = ProofCase("", {name: torch.from_numpy(array) for name, array in inputs.items()}, 0)
         return module_results(self._spec, self._module, case)
-
-
-def describe(proof: Mapping[str, Any]) -> str:
-    """One line about a proof: the worst error and the tolerance."""
-    return f"error {proof['max_rel_error']:.1e} of {proof['tolerance']:.0e}"

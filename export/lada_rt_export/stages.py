@@ -130,6 +130,10 @@ class StageSpec:
         """The proof's inputs, the same at every call."""
         return self.draw_cases(torch.Generator().manual_seed(PROOF_SEED))
 
+    def proof_inputs(self, rng: torch.Generator) -> list[dict[str, Tensor]]:
+        """Fresh inputs at the proof's sizes."""
+        return [case.inputs for case in self.draw_cases(rng)]
+
     def input_entries(self) -> tuple[TensorEntry, ...]:
         """Names, dtypes and shapes for the manifest."""
         return tuple(
@@ -342,7 +346,7 @@ def _mel_decoder(s: StageSizes) -> _Row:
         shape = (g.latent_channels // 2, g.window_latents, g.latent_bins)
         # one audio channel per call is how the runtime decodes; at 256 channels its largest maps are 1 GB each
         return [
-            ProofCase(size, {"latents": torch.randn(batch, *shape, generator=rng)}, batch * frames * g.mel_bins * 4096)
+            ProofCase(size, {"latents": torch.randn(batch, *shape, generator=rng)}, batch * frames * g.mel_bins * 6144)
             for size, batch in (("smallest", 1), ("largest", 2))
         ]
 

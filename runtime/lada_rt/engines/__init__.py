@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
 from lada_rt.bundle import Bundle
 from lada_rt.engines.base import Engine
-from lada_rt.errors import ParamError
+from lada_rt.engines.cache import EngineEntry, find_engine, list_engines, misfit, rebuild_command, this_machine
+from lada_rt.errors import EngineError, ParamError
 
 __all__ = ["BACKENDS", "DEVICES", "Engine", "load_engines"]
 
-BACKENDS = ("onnxruntime", "tensorrt", "torch")
-DEVICES = ("cpu", "cuda")
+BACKENDS: Final = ("onnxruntime", "tensorrt", "torch")
+DEVICES: Final = ("cpu", "cuda")
+#: fastest first: what `auto` looks for
+_COMPILED: Final = ("tensorrt", "torch")
+
+_LOG = logging.getLogger("lada_rt")
 
 
 def load_engines(
@@ -17,25 +28,132 @@ def load_engines(
 ) -> tuple[dict[str, Engine], str, str]:
     """Load an engine for every stage.
 
+    A compiled backend takes the stages that the bundle has its engines for; the others run on ONNX Runtime, which is
+    logged. `auto` takes a compiled backend whose engines fit, and logs why one that is there does not.
+
     Returns:
-        (engine for each stage, backend used, device used).
+        (engine for each stage, backend used, device used). The torch backend adds the parts it runs on its own,
+        `flow_prepare` and `flow_step`.
 
     Raises:
         ParamError: unknown backend or device.
-        EngineError: the backend is missing or has no such device.
+        EngineError: the backend is missing, has no such device, or its engines do not fit this machine.
         BundleError: a graph cannot be loaded.
     """
     if backend not in ("auto", *BACKENDS):
         raise ParamError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if device not in ("auto", *DEVICES):
         raise ParamError(f"device: expected one of auto, {', '.join(DEVICES)}, got {device!r}")
-    from lada_rt.engines.onnxruntime import PROVIDERS, OnnxEngine, load_onnxruntime
-
+    if backend == "auto":
+        backend = _choose(bundle, device)
+    if backend == "onnxruntime":
+        device = _onnx_device(device)
+        return {name: _onnx_engine(bundle, name, device, n_threads) for name in bundle.stages}, backend, device
     if device == "auto":
-        has_cuda = PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
-        device = "cuda" if has_cuda else "cpu"
+        device = "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
+    engines: dict[str, Engine] = {}
+    built = {entry.key.stage for entry in list_engines(bundle) if entry.key.backend == backend}
+    if not built:
+        raise EngineError(
+            f"backend {backend}: {bundle.path} has no engine for it; build them with: "
+            f"{rebuild_command(bundle.path, backend=backend)}"
+        )
+    machine = this_machine(backend, device)
+    for name in bundle.stages:
+        if name in built:
+            engines |= LOADERS[backend](find_engine(bundle, name, backend, machine), device)
+    others = [name for name in bundle.stages if name not in built]
+    if others:
+        _LOG.warning("no %s engine for %s: they run on onnxruntime", backend, ", ".join(others))
+        other_device = _onnx_device("auto")
+        engines |= {name: _onnx_engine(bundle, name, other_device, n_threads) for name in others}
+    return engines, backend, device
+
+
+def _choose(bundle: Bundle, device: str) -> str:
+    """The fastest backend with an engine that fits; why others do not is logged."""
+    entries = list_engines(bundle)
+    for backend in _COMPILED:
+        own = [entry for entry in entries if entry.key.backend == backend]
+        if not own:
+            continue
+        machine = this_machine(backend, device)
+        reasons = {entry.key.stage: misfit(entry, bundle, machine) for entry in own}
+        # of several engines for one stage, one that fits is enough
+        reasons |= {entry.key.stage: None for entry in own if misfit(entry, bundle, machine) is None}
+        wrong = [(stage, reason) for stage, reason in reasons.items() if reason is not None]
+        if not wrong:
+            return backend
+        _LOG.warning(
+            "backend %s is not used: the engine of %s %s; rebuild it with: %s",
+            backend,
+            *wrong[0],
+            rebuild_command(bundle.path, own[0].key),
+        )
+    return "onnxruntime"
+
+
+def _onnx_device(device: str) -> str:
+    from lada_rt.engines.onnxruntime import cuda_available
+
+    return ("cuda" if cuda_available() else "cpu") if device == "auto" else device
+
+
+def _onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None) -> Engine:
+    from lada_rt.engines.onnxruntime import OnnxEngine
+
+    entry = bundle.stages[stage]
+    if entry.precision == "bf16" and device == "cpu":
+        raise EngineError(
+            f"{stage}: its graph is bf16, which ONNX Runtime cannot run on the CPU; use --device cuda or --backend "
+            "torch, or build the bundle with --precision fp32"
+        )
+    return OnnxEngine(bundle.file_path(entry.graph), device=device, n_threads=n_threads)
+
+
+def _tensorrt_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
+    from lada_rt.engines.tensorrt import TensorRTEngine
+
+    if device != "cuda":
+        raise EngineError("backend tensorrt: expected --device cuda, it runs on NVIDIA GPUs only")
+    plan = entry.folder / entry.files[0].path
+    return {entry.key.stage: TensorRTEngine(plan, any_later_version=entry.key.any_later_version, log=_LOG.warning)}
+
+
+def _torch_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
+    from lada_rt.engines.torch import import_torch, load_package
+
+    where = import_torch().device(device)
     engines: dict[str, Engine] = {
-        name: OnnxEngine(bundle.file_path(stage.graph), device=device, n_threads=n_threads)
-        for name, stage in bundle.stages.items()
+        part["name"]: load_package(entry.folder, part, where) for part in entry.description["parts"]
     }
-    return engines, "onnxruntime", device
+    if "flow_step" in engines:
+        engines["flow"] = _JoinedFlow(engines["flow_prepare"], engines["flow_step"])
+    return engines
+
+
+class _JoinedFlow:
+    """The two parts of the torch backend's flow as one stage, for callers on the host. All rows have one time."""
+
+    def __init__(self, prepare: Engine, step: Engine) -> None:
+        self._prepare, self._step = prepare, step
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        t = inputs["t"]
+        if not (t == t[0]).all():
+            raise EngineError("flow: the torch backend expects one time for all rows, got several; use onnxruntime")
+        window = {name: inputs[name] for name in ("context", "codes", "conditional")}
+        tables = self._prepare.run(**window, times=t[:1])
+        return self._step.run(
+            x=inputs["x"],
+            condition=tables["condition"],
+            modulation=tables["modulation"][0],
+            closing=tables["closing"][0],
+        )
+
+
+#: backend -> loads one engine's files as engines by name
+LOADERS: Final[dict[str, Callable[[EngineEntry, str], dict[str, Engine]]]] = {
+    "tensorrt": _tensorrt_engines,
+    "torch": _torch_engines,
+}

@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -56,7 +55,7 @@ class EngineKey:
         stage: name.
         graph_sha256: of the stage's graph in the manifest; it covers large weights through `build_key`.
         backend, backend_version: such as "tensorrt" and "11.4.0.106".
-        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64".
+        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu".
         precision: of the stage.
         profile: axis -> (min, opt, max).
         any_later_version: a later release of the backend runs it too.
@@ -89,12 +88,13 @@ class EngineKey:
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """One engine on disk."""
+    """One engine on disk. `description` is what its backend needs to load it."""
 
     key: EngineKey
     folder: Path
     files: tuple[FileEntry, ...]
     proof: Mapping[str, Any]
+    description: Mapping[str, Any] = field(default_factory=dict)
 
     def verify(self) -> None:
         """Compare every file with its hash.
@@ -132,7 +132,7 @@ def this_machine(backend: str, device: str = "auto") -> Machine:
         device: "cpu" or "cuda"; "auto" is the GPU where there is one.
     """
     gpu = None if device == "cpu" else _gpu_arch()
-    return Machine(_version(backend), gpu or f"cpu-{platform.machine()}")
+    return Machine(_version(backend), gpu or "cpu")
 
 
 @cache
@@ -182,7 +182,7 @@ def _parse(folder: Path, data: Any) -> EngineEntry:
     parsed = EngineKey(**key, profile=profile, any_later_version=later)
     if parsed.folder_name != folder.name or not files:
         raise ValueError("the folder's name is not the key's")
-    return EngineEntry(parsed, folder, files, dict(data["proof"]))
+    return EngineEntry(parsed, folder, files, dict(data["proof"]), dict(data["description"]))
 
 
 def misfit(entry: EngineEntry, bundle: Bundle, machine: Machine) -> str | None:
@@ -247,7 +247,13 @@ def rebuild_command(bundle: Path, key: EngineKey | None = None, *, backend: str 
     return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} --backend {name}{precision}"
 
 
-def write_engine(folder: Path, key: EngineKey, files: list[Path], proof: Mapping[str, Any]) -> EngineEntry:
+def write_engine(
+    folder: Path,
+    key: EngineKey,
+    files: Sequence[Path],
+    proof: Mapping[str, Any],
+    description: Mapping[str, Any] | None = None,
+) -> EngineEntry:
     """Put a proven engine into its place, whole or not at all.
 
     Args:
@@ -255,6 +261,7 @@ def write_engine(folder: Path, key: EngineKey, files: list[Path], proof: Mapping
         key: of the engine.
         files: on the same disk; they are moved.
         proof: what was measured.
+        description: what the backend needs to load it.
     """
     target = folder / key.folder_name
     shutil.rmtree(target, ignore_errors=True)
@@ -264,7 +271,8 @@ def write_engine(folder: Path, key: EngineKey, files: list[Path], proof: Mapping
         entries.append(FileEntry(file.name, file_sha256(file), file.stat().st_size))
         file.rename(target / file.name)
     data = {"key": key.to_json(), "files": [f.to_json() for f in entries], "proof": dict(proof)}
+    data["description"] = dict(description or {})
     temporary = target / (ENTRY_FILE + ".new")
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target / ENTRY_FILE)
-    return EngineEntry(key, target, tuple(entries), dict(proof))
+    return EngineEntry(key, target, tuple(entries), dict(proof), dict(description or {}))

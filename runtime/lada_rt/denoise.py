@@ -13,6 +13,7 @@ import numpy as np
 
 from lada_rt import _C
 from lada_rt.engines.base import Engine
+from lada_rt.errors import EngineError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.schedule import mask_counts, selection_temperatures
 
@@ -99,22 +100,26 @@ def denoise(
             )["logits"]  # [R, V]
         if shared is not None:
             shared.logits = logits
-        tokens, log_confidence = _C.sample(
-            logits,
-            rows,
-            seed=params.seed,
-            step=step,
-            top_k=params.top_k or 0,
-            top_p=params.top_p,
-            temperature=params.temperature,
-            exp_noise=None if noise.draw is None else noise.draw[step][rows],
-        )  # [R], [R]
+        try:
+            tokens, log_confidence = _C.sample(
+                logits,
+                rows,
+                seed=params.seed,
+                step=step,
+                top_k=params.top_k or 0,
+                top_p=params.top_p,
+                temperature=params.temperature,
+                exp_noise=None if noise.draw is None else noise.draw[step][rows],
+            )  # [R], [R]
+        except ParamError as error:
+            raise EngineError(f"denoiser, step {step + 1}: {error}") from None
         rows = _C.remask(
             codes,
             rows,
             tokens,
             log_confidence,
-            n_masked=int(counts[step]),
+            # the last step's tokens all stay, whatever a list of ratios says (spec/lada_band d.3)
+            n_masked=int(counts[step]) if step + 1 < n_steps else 0,
             tau=float(taus[step]),
             strategy="low_confidence" if params.strategy == "one_shot" else params.strategy,
             mask_id=mask_id,

@@ -324,7 +324,7 @@ def build_engine(
         raise EngineError(
             f'build-engine: {error.name} is missing; install it with: pip install "lada-rt[export,cpu]"'
         ) from None
-    build(
+    built = build(
         out,
         checkpoint=checkpoint,
         pretrained_root=pretrained_root,
@@ -337,7 +337,8 @@ def build_engine(
         stages=stages,
         log=note,
     )
-    print(out)
+    if built is not None:
+        print(out)
 
 
 @app.command()
@@ -345,19 +346,23 @@ def build_engine(
 @json_option
 @debug_option
 def inspect(bundle: Path | None, json_file: Path | None) -> None:
-    """Show a BUNDLE: stages, shapes, measured errors; verify its checksums. Default: the embedded demo bundle."""
+    """Show a BUNDLE: stages, shapes, measured errors, engines; verify its checksums. Default: the embedded demo."""
     from lada_rt.bundle import Bundle, demo_bundle_path
+    from lada_rt.engines.cache import engine_report
     from lada_rt.terminal import print_bundle, write_json
 
     check_report_path(json_file)
     opened = Bundle.open(bundle if bundle is not None else demo_bundle_path())
     opened.verify()
     print_bundle(opened)
+    engines = engine_report(opened)
+    for engine in engines:
+        fit = "fits this machine" if engine["misfit"] is None else f"does not run here: it {engine['misfit']}"
+        print(f"{engine['engine']}: error {engine['proof']['max_rel_error']:.1e}, {fit}")
+    print(f"{len(engines)} compiled engines; the graphs run on onnxruntime")
     if json_file is not None:
-        write_json(
-            json_file,
-            {"path": str(opened.path), "sha256": opened.sha256, "verified": True, **opened.summary()},
-        )
+        facts = {"path": str(opened.path), "sha256": opened.sha256, "verified": True}
+        write_json(json_file, {**facts, **opened.summary(), "engines": engines})
 
 
 @app.command()
@@ -425,8 +430,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     try:
-        app.main(args, prog_name="lada-rt", standalone_mode=False)
-        return 0
+        return app.main(args, prog_name="lada-rt", standalone_mode=False) or 0
     except LadaError as error:
         if "--debug" in args:
             raise

@@ -192,7 +192,7 @@ def run_bench(
         "precision": {name: stage.precision for name, stage in bundle.stages.items()},
         "backend": used_backend,
         "device": used_device,
-        "options": asdict(options),
+        "options": asdict(options) | {"steps": list(options.steps), "seconds": list(options.seconds)},
         "vocal": bench.vocal_made_by,
         "load_s": round(load_s, 4),
         "first_run_s": bench.first_run_s,

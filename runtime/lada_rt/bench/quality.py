@@ -125,15 +125,19 @@ def chroma(audio: Floats, rate_hz: int) -> Floats:
     """
     mono = np.atleast_2d(audio).mean(axis=0, dtype=np.float32)
     magnitude = _magnitudes(mono, CHROMA_WINDOW, CHROMA_HOP)
-    frequency = np.arange(magnitude.shape[1]) * rate_hz / CHROMA_WINDOW
-    peak = np.zeros_like(magnitude, dtype=bool)
-    peak[:, 1:-1] = (magnitude[:, 1:-1] >= magnitude[:, :-2]) & (magnitude[:, 1:-1] > magnitude[:, 2:])
-    used = np.flatnonzero((frequency >= CHROMA_LOW_HZ) & (frequency <= CHROMA_HIGH_HZ))
-    energy = np.where(peak[:, used], magnitude[:, used] ** 2, 0)
-    pitch = 69 + 12 * np.log2(frequency[used] / 440.0)
-    distance = (pitch[:, None] - np.arange(12) + 6) % 12 - 6  # [bins, 12] in semitones
-    weight = np.where(np.abs(distance) < 1, np.cos(np.pi / 2 * distance) ** 2, 0)
-    profile = energy @ weight
+    low, high = (int(hz * CHROMA_WINDOW / rate_hz) for hz in (CHROMA_LOW_HZ, CHROMA_HIGH_HZ))
+    middle = magnitude[:, low : high + 1]
+    left, right = magnitude[:, low - 1 : high], magnitude[:, low + 1 : high + 2]
+    frame, bin_ = np.nonzero((middle >= left) & (middle > right))
+    a, b, c = (np.log(np.maximum(m[frame, bin_], 1e-12)) for m in (left, middle, right))
+    # vertex of the parabola through the logarithms; the three bins hold the energy wherever the peak lies between them
+    offset = 0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-9)
+    energy = left[frame, bin_] ** 2 + middle[frame, bin_] ** 2 + right[frame, bin_] ** 2
+    pitch = 69 + 12 * np.log2((low + bin_ + np.clip(offset, -0.5, 0.5)) * rate_hz / CHROMA_WINDOW / 440.0)
+    profile = np.zeros((len(magnitude), 12))
+    for nearest in (np.floor(pitch), np.floor(pitch) + 1):
+        weight = np.cos(np.pi / 2 * (pitch - nearest)) ** 2
+        np.add.at(profile, (frame, nearest.astype(int) % 12), energy * weight)
     top = profile.max(axis=1, keepdims=True)
     silent = top <= max(float(top.max()), 1e-12) * 10 ** (-SILENCE_DB / 10)
     return np.where(silent, 0, profile / np.maximum(top, 1e-20)).astype(np.float32)

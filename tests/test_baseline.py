@@ -1,0 +1,163 @@
+"""The opponent of the benchmark: its sampler, windows and noise by themselves, and the whole against the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lada_rt import _C
+from lada_rt.bench.check import Recorder
+from lada_rt.bundle import Bundle
+from lada_rt.errors import EngineError, ParamError
+from lada_rt.params import GenerationParams
+from lada_rt.pipeline import Pipeline
+from lada_rt_export import baseline as baseline_module
+from lada_rt_export.baseline import Baseline, draw_tokens, philox_exponential, philox_gumbel, released_windows
+from lada_rt_export.models.muq import MuQ
+from lada_rt_export.models.stages_mucodec import EncoderStage
+from lada_rt_export.release import Release
+from lada_rt_export.release_modules import ReleaseSource
+from lada_rt_export.stages import stage_spec
+from lada_rt_export.synthetic_release import write_synthetic_release
+from lada_rt_export.torch_engine import TorchEngine
+from stubs import sung, write_stub_bundle
+
+RATE = 48_000
+TEXT = "soul"
+PARAMS = GenerationParams(steps=3, flow_steps=2, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "n_windows"),
+    [(48_000, 2), (1_440_000, 2), (1_966_080, 3), (1_966_560, 2), (1_968_000, 2), (4_800_000, 3), (7_864_320, 5)],
+)
+def test_windows_are_the_released_ones(n_samples: int, n_windows: int) -> None:
+    """Counts of spec/mucodec 2.2; the cuts are the song repeated without end."""
+    audio = torch.arange(n_samples, dtype=torch.float32).expand(2, -1)
+    windows = released_windows(audio, 1_966_080, 1_966_560)
+    assert windows.shape == (n_windows, 2, 1_966_560)
+    for index in range(n_windows):
+        first = index * 1_966_560
+        assert windows[index, 0, 0] == first % n_samples
+        assert windows[index, 1, -1] == (first + 1_966_559) % n_samples
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(100, 0.9, 1.0), (5, 0.5, 0.7), (None, 0.9, 1.0), (40, 1.0, 1.3), (1, 0.9, 1.0)]
+)
+def test_sampler_draws_what_the_runtime_draws(top_k: int | None, top_p: float, temperature: float) -> None:
+    params = GenerationParams(top_k=top_k, top_p=top_p, temperature=temperature, seed=77)
+    logits = (3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(1))).float()
+    positions = np.arange(40, dtype=np.int64) * 3
+    noise = baseline_module._own_noise(params.seed, positions)
+    tokens, confidence = draw_tokens(logits, params, 4, noise)
+    expected, log_confidence = _C.sample(
+        logits.numpy(), positions, seed=77, step=4, top_k=top_k or 0, top_p=top_p, temperature=temperature
+    )
+    np.testing.assert_array_equal(tokens.numpy(), expected)
+    np.testing.assert_allclose(np.log(confidence.numpy()), log_confidence, atol=2e-5)
+
+
+def test_multinomial_draws_only_what_the_filters_leave() -> None:
+    params = GenerationParams(top_k=10, top_p=0.8)
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(1, 200)).float().expand(4000, -1)
+    tokens, confidence = draw_tokens(logits, params, 0)
+    probs = _C.filtered_probs(logits[:1].contiguous().numpy(), top_k=10, top_p=0.8, temperature=1.0)[0]
+    counts = np.bincount(tokens.numpy(), minlength=200)
+    assert (probs[counts > 0] > 0).all()
+    # five standard deviations of each count
+    np.testing.assert_array_less(np.abs(counts - 4000 * probs), 5 * np.sqrt(4000 * probs * (1 - probs)) + 1)
+    np.testing.assert_allclose(confidence.numpy(), probs[tokens.numpy()], rtol=1e-5)
+
+
+def test_noise_is_the_runtimes() -> None:
+    for step, position, token in ((0, 0, 0), (7, 123, 16_383), (59, 9_000, 5)):
+        word = _C.philox4x32([step, position, token, 0], [13, 0])[0]
+        uniform = (word + 0.5) / 2**32
+        found = philox_exponential(13, step, np.array([position]), np.array([token]))[0]
+        assert found == pytest.approx(-np.log1p(-uniform), rel=1e-6)
+        remask = _C.philox4x32([step, position, 0, 1], [13, 0])[0]
+        expected = -np.log(-np.log1p(-(remask + 0.5) / 2**32))
+        assert philox_gumbel(13, step, np.array([position]))[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ReleaseSource:
+    made = write_synthetic_release(tmp_path_factory.mktemp("release"), "tiny", seed=3)
+    return ReleaseSource(Release.locate(made.checkpoint, made.pretrained_root), max_seconds=30)
+
+
+@pytest.fixture(scope="module")
+def bundle(source: ReleaseSource, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A manifest that fits the release; its graphs are not read here."""
+    sizes = source.sizes
+    return Bundle.open(
+        write_stub_bundle(
+            tmp_path_factory.mktemp("bundle") / "release.bundle",
+            vocab_size=sizes.vocab_size,
+            mask_id=sizes.mask_id,
+            prefix_dim=sizes.feature_size,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def recorded(source: ReleaseSource, bundle: Bundle) -> tuple[Recorder, object]:
+    """A run of the runtime's loops on the release's modules."""
+    names = ("encoder", "text_encoder", "denoiser", "flow", "mel_decoder", "vocoder")
+    engines = {}
+    for name in names:
+        module = source.module(name)
+        engines[name] = TorchEngine(module, stage_spec(name, module, source.sizes).outputs)
+    recorder = Recorder(engines, PARAMS.steps, PARAMS.flow_steps)
+    pipeline = Pipeline(bundle, recorder.engines, backend="torch modules", device="cpu")
+    pipeline._loaded.stats.mean[:] = source.latent_mean
+    pipeline._loaded.stats.std[:] = source.latent_std
+    return recorder, pipeline.generate((sung(RATE), RATE), text=TEXT, params=PARAMS)
+
+
+def test_same_noise_same_result(source: ReleaseSource, bundle: Bundle, recorded: tuple[Recorder, object]) -> None:
+    opponent = Baseline(source, bundle)
+    recorder, result = recorded
+    errors = opponent.check(sung(RATE)[None], RATE, TEXT, PARAMS, recorder, result)  # type: ignore[arg-type]  # a Result
+    assert errors["codes"] <= 1 / 26  # near ties of random codewords: an FFT and a matrix round differently
+    assert errors["draws"] <= 1 / 26
+    assert errors["latents"] < 1e-4
+    assert errors["audio"] < 1e-4
+    assert 0 < errors["chunked audio"] < 0.1
+
+
+def test_the_release_runs_layers_nobody_needs(source: ReleaseSource, bundle: Bundle) -> None:
+    opponent = Baseline(source, bundle)
+    stage = source.module("encoder")
+    assert isinstance(stage, EncoderStage)
+    assert isinstance(opponent._muq, MuQ)
+    assert len(opponent._muq.conformer.layers) == 2 * len(stage.muq.conformer.layers)
+    assert opponent._head is not None
+
+
+def test_a_run_reports_every_stage(source: ReleaseSource, bundle: Bundle) -> None:
+    seconds = Baseline(source, bundle).run(sung(RATE)[None], RATE, TEXT, PARAMS)
+    stages = [value for name, value in seconds.items() if name != "total"]
+    assert set(seconds) == {"encoder", "text_encoder", "denoiser", "flow", "mel_decoder", "vocoder", "total"}
+    assert min(stages) > 0
+    assert sum(stages) <= seconds["total"]
+    assert sum(stages) == pytest.approx(seconds["total"], rel=0.05, abs=0.05)
+
+
+def test_other_weights_are_found(
+    source: ReleaseSource, bundle: Bundle, recorded: tuple[Recorder, object], tmp_path: Path
+) -> None:
+    made = write_synthetic_release(tmp_path, "tiny", seed=4)
+    other = Baseline(ReleaseSource(Release.locate(made.checkpoint, made.pretrained_root), max_seconds=30), bundle)
+    recorder, result = recorded
+    with pytest.raises(EngineError, match="differ"):
+        other.check(sung(RATE)[None], RATE, TEXT, PARAMS, recorder, result)  # type: ignore[arg-type]  # a Result
+
+
+def test_a_bundle_of_unknown_origin_needs_its_files(bundle: Bundle) -> None:
+    with pytest.raises(ParamError, match="--checkpoint and --pretrained-root"):
+        Baseline.for_bundle(bundle, None, None)

@@ -69,7 +69,7 @@ def table(reports: list[tuple[Path, dict[str, Any]]]) -> str:
         "",
         "RTF is compute seconds per second of audio, from reading the vocal to the last sample (LaDA-Band, B.3);",
         f"loading, the first run and writing files are not in it. Medians; {' or '.join(map(str, flow))} flow steps.",
-        "Every configuration is checked against a reference before it is timed. Measured by `lada-rt bench`; the links lead",
+        "Every configuration is checked against a reference before it is timed, by `lada-rt bench`; the links lead",
         "to the reports.",
     ]
     return "\n".join(lines)

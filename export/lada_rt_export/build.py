@@ -148,9 +148,9 @@ class _Build:
 
     def _hash_sources(self) -> dict[Path, str]:
         files = self.source.source_files()
-        n_bytes = sum(path.stat().st_size for path in files)
-        if n_bytes > 1 << 30:
-            self.log(f"hashing {len(files)} source files, {n_bytes / 1e9:.1f} GB")
+        new = [path.stat().st_size for path in files if not self.work.remembers(path)]
+        if sum(new) > 1 << 30:
+            self.log(f"hashing {len(new)} source files, {sum(new) / 1e9:.1f} GB")
         return {path: self.work.sha256(path) for path in files}
 
     def _key(self, name: str, hashes: Mapping[Path, str]) -> str:
@@ -226,6 +226,8 @@ class _Build:
         """Engines of the old bundle whose graph has not changed move over: building them took hours."""
         if self.old is None:
             return
+        for timings in (self.old.path / "engines").glob("timings-*.cache"):
+            take(timings, bundle.path / "engines" / timings.name)
         for engine in list_engines(self.old):
             stage = bundle.stages.get(engine.key.stage)
             if stage is not None and stage.graph.sha256 == engine.key.graph_sha256:

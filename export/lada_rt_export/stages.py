@@ -210,13 +210,21 @@ def _codes(rng: torch.Generator, n_codes: int, *shape: int) -> Tensor:
 
 
 def _phrases(rng: torch.Generator, batch: int, n_samples: int, rate_hz: int) -> Tensor:
-    """Noise and a gliding tone with the loudness of phrases and rests: steady noise meets only a few codes."""
-    t = torch.arange(n_samples) / rate_hz
-    start, speed, depth = torch.rand(3, batch, 1, 1, generator=rng)
-    level = (torch.sin(6.3 * (0.3 + speed[..., 0]) * t + 6.3 * start[..., 0]).clamp(min=0) ** 2)[:, None]
-    tone = torch.sin(2000 * t * (1 + 0.3 * depth * torch.sin(2 * t)))
+    """Notes of changing pitch, breath and loudness with rests between: steady noise meets only a few codes."""
+    note_samples = rate_hz // 5
+    n_notes = n_samples // note_samples + 1
+    draws = torch.rand(4, batch, n_notes, generator=rng)
+    # one value for each sample: pitch over five octaves, loudness over 60 dB with every third note a rest
+    pitch_hz = 55.0 * 2.0 ** (5 * draws[0])
+    level = 10.0 ** (-3 * draws[1]) * (draws[2] > 0.3)
+    pitch_hz, level, breath = (x.repeat_interleave(note_samples, 1)[:, :n_samples] for x in (pitch_hz, level, draws[3]))
+    phase = (2 * torch.pi / rate_hz * pitch_hz).double().cumsum(1)
+    tone = torch.stack([torch.sin(k * phase).float() / k for k in (1, 2, 3, 5)]).sum(0)
     noise = torch.randn(batch, 2, n_samples, generator=rng)
-    return (level * (0.25 * tone + 0.1 * noise) + 1e-3 * noise).clamp(-0.8, 0.8)
+    audio = (
+        level[:, None] * (0.25 * (1 - breath[:, None]) * tone[:, None] + 0.2 * breath[:, None] * noise) + 1e-4 * noise
+    )
+    return audio.clamp(-0.8, 0.8)
 
 
 def _encoder(s: StageSizes) -> _Row:

@@ -69,13 +69,15 @@ class Workspace:
 
     def sha256(self, path: Path) -> str:
         """Hash of a source file, remembered by path, size and time as long as the build is not finished."""
-        info = path.stat()
-        fact = [str(path.resolve()), info.st_size, info.st_mtime_ns]
         known = self._hashes()
-        if known.get(str(path), [None])[:-1] != fact:
-            known[str(path)] = [*fact, file_sha256(path)]
+        if not self.remembers(path):
+            known[str(path)] = [*_fact(path), file_sha256(path)]
             self._write("hashes.json", known)
         return str(known[str(path)][-1])
+
+    def remembers(self, path: Path) -> bool:
+        """Whether `sha256` of a file costs nothing."""
+        return bool(self._hashes().get(str(path), [None])[:-1] == _fact(path))
 
     def _hashes(self) -> dict[str, Any]:
         try:
@@ -109,6 +111,11 @@ class Workspace:
         self.bundle.rename(out)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _fact(path: Path) -> list[Any]:
+    info = path.stat()
+    return [str(path.resolve()), info.st_size, info.st_mtime_ns]
 
 
 @contextmanager

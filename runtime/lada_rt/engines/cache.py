@@ -29,6 +29,7 @@ __all__ = [
     "EngineEntry",
     "EngineKey",
     "Machine",
+    "engine_report",
     "find_engine",
     "list_engines",
     "misfit",
@@ -180,8 +181,9 @@ def _parse(folder: Path, data: Any) -> EngineEntry:
         raise ValueError("damaged key")
     files = tuple(FileEntry(Path(f["path"]).name, str(f["sha256"]), int(f["bytes"])) for f in data["files"])
     parsed = EngineKey(**key, profile=profile, any_later_version=later)
-    if parsed.folder_name != folder.name or not files:
+    if parsed.folder_name != folder.name or not files or parsed.backend not in DISTRIBUTIONS:
         raise ValueError("the folder's name is not the key's")
+    float(data["proof"]["max_rel_error"])
     return EngineEntry(parsed, folder, files, dict(data["proof"]), dict(data["description"]))
 
 
@@ -212,6 +214,20 @@ def _later_arch(found: str, wanted: str) -> bool:
         and wanted.startswith("sm_")
         and _numbers(found) >= _numbers(wanted.removesuffix("+"))
     )
+
+
+def engine_report(bundle: Bundle) -> list[dict[str, Any]]:
+    """Every engine of a bundle, its measured error, and why it does not run here (None: it does), as plain data."""
+    return [
+        {
+            "engine": entry.folder.name,
+            **entry.key.to_json(),
+            "bytes": sum(file.bytes for file in entry.files),
+            "proof": dict(entry.proof),
+            "misfit": misfit(entry, bundle, this_machine(entry.key.backend)),
+        }
+        for entry in list_engines(bundle)
+    ]
 
 
 def find_engine(bundle: Bundle, stage: str, backend: str, machine: Machine) -> EngineEntry:

@@ -1,0 +1,163 @@
+"""The stages in order, resumable at any moment; what `python -m lada_rt_export.demo.train` runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from lada_rt.errors import EngineError, ExportError, LadaError, ParamError
+from torch import nn
+
+from lada_rt_export.build import build_bundle
+from lada_rt_export.demo.training.codec import Codec, CodecTask
+from lada_rt_export.demo.training.codes import encode_codec_songs, encode_predictor_songs
+from lada_rt_export.demo.training.data import CodecSongs, render_codec_songs
+from lada_rt_export.demo.training.flow import FlowTask
+from lada_rt_export.demo.training.loop import RunOptions, Task, load_weights, train
+from lada_rt_export.demo.training.mel_vae import MelAutoencoder, MelVAETask
+from lada_rt_export.demo.training.predictor import PredictorSongs, PredictorTask
+from lada_rt_export.demo.training.sizes import PRESETS, STAGE_ORDER, TrainingSizes
+from lada_rt_export.demo.training.source import TrainedSource, collect_weights
+from lada_rt_export.demo.training.style import StyleTask
+from lada_rt_export.demo.training.vocoder import VocoderTask
+
+__all__ = ["main", "run_stage", "train_all"]
+
+RUN_FILE = "run.json"
+
+
+def _claim(sizes: TrainingSizes, options: RunOptions) -> None:
+    """A folder belongs to one preset and seed: its songs and codes are not those of another."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / RUN_FILE
+    wanted = {"preset": sizes.name, "seed": options.seed}
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != wanted:
+            raise ParamError(f"{options.folder} holds a training of {found}, not of {wanted}; choose another --out")
+    path.write_text(json.dumps(wanted) + "\n")
+
+
+def _loaded(folder: Path, name: str, module: nn.Module, device: str) -> None:
+    load_weights(folder, name, module)
+    module.to(device)
+
+
+def _task(sizes: TrainingSizes, options: RunOptions, stage: str) -> Task:
+    folder, device = options.folder, options.device
+    # the first weights are drawn from the seed, whatever was trained before in this process
+    torch.manual_seed(options.seed * 1000 + STAGE_ORDER.index(stage))
+    songs = CodecSongs(sizes, folder / "songs", device)
+    if stage == "codec":
+        return CodecTask(sizes, songs)
+    if stage == "mel_vae":
+        return MelVAETask(sizes, songs)
+    if stage == "vocoder":
+        autoencoder = MelAutoencoder(sizes)
+        _loaded(folder, "mel_vae", autoencoder, device)
+        return VocoderTask(sizes, songs, autoencoder)
+    if stage == "style":
+        return StyleTask(sizes, songs, options.seed)
+    if stage == "flow":
+        codec = Codec(sizes)
+        _loaded(folder, "codec", codec, device)
+        return FlowTask(sizes, songs, codec.vq)
+    return PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", device))
+
+
+def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: int = 1) -> bool:
+    """Run or resume one stage of STAGE_ORDER.
+
+    Returns:
+        Whether it is finished.
+
+    Raises:
+        ParamError: an unknown stage, or a folder of another training.
+        ExportError: an earlier stage is missing, or the stage diverged.
+        CheckpointError: a checkpoint is damaged.
+    """
+    if stage not in STAGE_ORDER:
+        raise ParamError(f"--stage: expected one of {', '.join(STAGE_ORDER)}, got {stage!r}")
+    _claim(sizes, options)
+
+    def late() -> bool:
+        return options.deadline is not None and time.monotonic() >= options.deadline
+
+    if stage == "songs":
+        return render_codec_songs(sizes, options.folder / "songs", options.seed, n_workers, late)
+    if not render_codec_songs(sizes, options.folder / "songs", options.seed, n_workers, lambda: True):
+        raise ExportError(f"stage {stage} needs the songs, some are missing; run --stage songs first")
+    if stage == "codes":
+        return encode_codec_songs(sizes, options.folder, n_workers, late) and encode_predictor_songs(
+            sizes, options.folder, options.seed, n_workers, late
+        )
+    if stage in ("flow", "predictor"):
+        found = encode_codec_songs(sizes, options.folder, n_workers, lambda: True)
+        if not found or not encode_predictor_songs(sizes, options.folder, options.seed, n_workers, lambda: True):
+            raise ExportError(f"stage {stage} needs the codes, some are missing; run --stage codes first")
+    return train(_task(sizes, options, stage), options)
+
+
+def train_all(
+    sizes: TrainingSizes, options: RunOptions, stages: Sequence[str] = STAGE_ORDER, n_workers: int = 1
+) -> bool:
+    """Run the stages in order until all are finished or time is up; arguments and errors as for `run_stage`.
+
+    Returns:
+        Whether all of them are finished.
+    """
+    for stage in stages:
+        began = time.monotonic()
+        finished = run_stage(sizes, options, stage, n_workers)
+        options.log(f"{stage}: {'finished' if finished else 'to be continued'}, {time.monotonic() - began:.0f} s")
+        if not finished:
+            return False
+    return True
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("--device cuda: no CUDA device was found; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def main(argv: list[str] | None = None, log: Callable[[str], None] = _log) -> int:
+    """The command line; returns 0 when everything is finished, 3 when there is more to do, 2 on an error."""
+    parser = argparse.ArgumentParser(prog="python -m lada_rt_export.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of songs, checkpoints and losses")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--stage", action="append", help="one of " + ", ".join(STAGE_ORDER) + "; repeatable, all if absent"
+    )
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render songs")
+    parser.add_argument("--stop-after", type=int, help="steps to make in each stage at most, to time them")
+    parser.add_argument("--bundle", type=Path, help="once trained, build the bundle here")
+    args = parser.parse_args(argv)
+    try:
+        deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+        sizes = PRESETS[args.preset]
+        options = RunOptions(
+            args.out, args.seed, device=_device(args.device), deadline=deadline, log=log, stop_after=args.stop_after
+        )
+        finished = train_all(sizes, options, args.stage or STAGE_ORDER, args.workers)
+        if args.stage is None and finished:
+            path = collect_weights(sizes, args.out, args.seed)
+            log(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+            if args.bundle is not None:
+                build_bundle(args.bundle, TrainedSource(path), log=log)
+    except LadaError as error:
+        log(f"{type(error).__name__}: {error}")
+        return 2
+    return 0 if finished else 3

@@ -1,0 +1,189 @@
+"""Every number of a training run: network sizes, crops, batches, steps. Two presets, `toy` for tests and `demo`.
+
+Widths of `demo` are chosen for a bundle under 12 MB and for the shape of the work at inference: attention of the flow
+over 4096 tokens and the mel decoder's largest maps take nine tenths of the time, the denoiser little. Nothing here has
+been trained to the end yet; steps are budgets, not results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lada_rt.errors import ParamError
+from lada_rt.geometry import CodecGeometry
+
+from lada_rt_export.models.clamp3 import Clamp3AudioConfig, Clamp3TextConfig
+from lada_rt_export.models.flow import FlowConfig
+from lada_rt_export.models.mask_predictor import MaskPredictorConfig
+from lada_rt_export.models.mel_vae import MelVAEConfig
+from lada_rt_export.models.mert import MertConfig
+from lada_rt_export.models.muq import MuQConfig
+from lada_rt_export.models.vocoder import VocoderConfig
+from lada_rt_export.models.vq import VQConfig
+
+__all__ = ["PRESETS", "STAGE_ORDER", "Budget", "TrainingSizes"]
+
+#: the order of work; a stage needs the results of those before it
+STAGE_ORDER = ("songs", "codec", "mel_vae", "vocoder", "style", "codes", "flow", "predictor")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Work of one trained stage.
+
+    Attributes:
+        n_steps: optimizer steps in all.
+        batch_size: crops in a step.
+        crops: (share of the steps after which it ends, length of a crop), the last share 1. Lengths count codes, but
+            mel frames in `vocoder` and hundredths of a second of audio in `style`.
+        learning_rate: the peak; it warms up over a fiftieth of the steps and falls to a tenth on a cosine.
+        average: decay of the running mean of the weights that is exported; 0 exports the weights themselves.
+        long_batch_size: crops in a step of the last crop length; 0 is batch_size.
+    """
+
+    n_steps: int
+    batch_size: int
+    crops: tuple[tuple[float, int], ...]
+    learning_rate: float = 1e-3
+    average: float = 0.0
+    long_batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.crops]
+        if min(self.n_steps, self.batch_size) < 1 or not shares or shares != sorted(shares) or shares[-1] != 1:
+            raise ParamError(f"budget: expected positive counts and shares rising to 1, got {self}; correct the preset")
+
+    def crop(self, step: int) -> tuple[int, int]:
+        """Batch size and length of a crop at a step."""
+        for share, length in self.crops:
+            if step < share * self.n_steps:
+                last = length == self.crops[-1][1]
+                return (self.long_batch_size or self.batch_size) if last else self.batch_size, length
+        raise AssertionError(f"step {step} is past the last of {self.n_steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSizes:
+    """Sizes of all networks and of the data.
+
+    Attributes:
+        geometry: rates and windows; the flow serves its window.
+        n_codec_songs: songs, one decoder window long, that encoder, mel VAE, vocoder and flow learn from.
+        n_predictor_songs: songs of 40 to 60 s that mask predictor learns from.
+        song_s: length of the latter; None draws it.
+        n_vocal_takes: vocals of a song, the first clean, the others disturbed.
+        active_latents: channels of a latent side that carry anything; the others are zero (spec/mucodec has 16).
+        held_out: song seeds below it train, those from it on never do.
+        sounds: whether songs trained at this size are worth hearing: false for tests.
+    """
+
+    name: str
+    geometry: CodecGeometry
+    muq: MuQConfig
+    vq: VQConfig
+    flow: FlowConfig
+    mel_vae: MelVAEConfig
+    vocoder: VocoderConfig
+    mert: MertConfig
+    text: Clamp3TextConfig
+    audio: Clamp3AudioConfig
+    predictor: MaskPredictorConfig
+    budgets: Mapping[str, Budget]
+    n_codec_songs: int
+    n_predictor_songs: int
+    song_s: float | None
+    n_vocal_takes: int
+    active_latents: int
+    max_seconds: int
+    adversarial: bool
+    held_out: int = 90_000
+    sounds: bool = True
+
+    def __post_init__(self) -> None:
+        if self.predictor.n_codes != self.vq.codebook_size or self.predictor.n_vocal_codes != self.vq.codebook_size:
+            raise ParamError("training sizes: predictor and quantiser must have one vocabulary; correct the preset")
+        if self.flow.latent_frames != self.geometry.window_latents:
+            raise ParamError("training sizes: the flow must serve the decoder window; correct the preset")
+        if set(self.budgets) != {"codec", "mel_vae", "vocoder", "style", "flow", "predictor"}:
+            raise ParamError("training sizes: expected one budget for each trained stage; correct the preset")
+
+
+#: tokens of `byte_tokenizer`: 256 bytes and five specials
+N_TEXT_TOKENS = 261
+
+
+def _toy() -> TrainingSizes:
+    # the real rates; windows of 5.12 s in place of 40.96, so that a test can run the whole path
+    geometry = CodecGeometry(
+        encode_window_samples=128 * 1920 + 480, encode_window_codes=128, window_codes=128, hop_codes=96
+    )
+    return TrainingSizes(
+        name="toy",
+        geometry=geometry,
+        muq=MuQConfig(conv_dim=4, dim=16, n_layers=1, n_heads=2, ffn_dim=16),
+        vq=VQConfig(dim=16, codebook_size=32, codebook_dim=4),
+        flow=FlowConfig(n_layers=1, n_heads=1, head_dim=8, time_features=16, latent_frames=64),
+        mel_vae=MelVAEConfig(channels=4, multiples=(1, 1, 1, 1), n_res_blocks=1, norm_groups=2),
+        vocoder=VocoderConfig(initial_channels=32, resblock_kernels=(3,), dilations=((1,),)),
+        mert=MertConfig(
+            hidden_size=8, n_layers=1, n_heads=2, intermediate_size=8, conv_channels=(4,) * 7, pos_conv_groups=4
+        ),
+        text=Clamp3TextConfig(N_TEXT_TOKENS, 8, n_layers=1, n_heads=2, intermediate_size=8, output_size=8),
+        audio=Clamp3AudioConfig(8, n_layers=1, n_heads=2, intermediate_size=8, output_size=8),
+        predictor=MaskPredictorConfig(16, 1, 2, 2, 16, 32, 32, condition_size=8, rtd_head=True),
+        budgets={
+            "codec": Budget(3, 2, ((1.0, 64),)),
+            "mel_vae": Budget(3, 2, ((0.5, 8), (1.0, 16)), average=0.9),
+            "vocoder": Budget(3, 1, ((1.0, 16),)),
+            "style": Budget(3, 4, ((1.0, 20),)),
+            "flow": Budget(3, 2, ((0.5, 32), (1.0, 128)), average=0.9, long_batch_size=1),
+            "predictor": Budget(3, 2, ((0.5, 32), (1.0, 96)), average=0.9),
+        },
+        n_codec_songs=2,
+        n_predictor_songs=2,
+        song_s=6.0,
+        n_vocal_takes=2,
+        active_latents=2,
+        max_seconds=30,
+        adversarial=True,
+        sounds=False,
+    )
+
+
+def _demo() -> TrainingSizes:
+    return TrainingSizes(
+        name="demo",
+        geometry=CodecGeometry(),
+        muq=MuQConfig(conv_dim=12, dim=96, n_layers=2, n_heads=4, ffn_dim=192),
+        vq=VQConfig(dim=96, codebook_size=1024, codebook_dim=32),
+        # a token holds 2 x 2 positions of 2 x 8 active channels: 64 numbers must pass through its width
+        flow=FlowConfig(n_layers=2, n_heads=1, head_dim=96, time_features=128),
+        mel_vae=MelVAEConfig(channels=16, multiples=(1, 1, 1, 2), n_res_blocks=1, norm_groups=8),
+        vocoder=VocoderConfig(initial_channels=128, resblock_kernels=(3, 7), dilations=((1, 3),) * 2),
+        mert=MertConfig(
+            hidden_size=32, n_layers=2, n_heads=2, intermediate_size=64, conv_channels=(16,) * 7, pos_conv_groups=4
+        ),
+        text=Clamp3TextConfig(N_TEXT_TOKENS, 32, n_layers=2, n_heads=2, intermediate_size=64, output_size=32),
+        audio=Clamp3AudioConfig(32, n_layers=2, n_heads=2, intermediate_size=64, output_size=32),
+        # heads of 32: the graph carries a rotary table that grows with them
+        predictor=MaskPredictorConfig(128, 5, 4, 2, 320, 1024, 1024, condition_size=32, rtd_head=True),
+        budgets={
+            "codec": Budget(6000, 12, ((0.7, 256), (1.0, 1024)), 1e-3, long_batch_size=3),
+            "mel_vae": Budget(6000, 6, ((0.8, 64), (1.0, 256)), 1e-3, average=0.998, long_batch_size=2),
+            "vocoder": Budget(12_000, 8, ((1.0, 48),), 1e-3, average=0.998),
+            "style": Budget(1500, 20, ((1.0, 400),), 1e-3),
+            "flow": Budget(12_000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
+            "predictor": Budget(16_000, 16, ((0.6, 256), (1.0, 1000)), 1e-3, average=0.999, long_batch_size=5),
+        },
+        n_codec_songs=320,
+        n_predictor_songs=3000,
+        song_s=None,
+        n_vocal_takes=3,
+        active_latents=8,
+        max_seconds=180,
+        adversarial=False,
+    )
+
+
+PRESETS: Mapping[str, TrainingSizes] = {sizes.name: sizes for sizes in (_toy(), _demo())}

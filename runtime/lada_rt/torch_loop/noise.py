@@ -85,9 +85,9 @@ class SeededNoise:
     """Window index to initial flow noise [32, window_latents, 32] on the device, from the seed alone."""
 
     def __init__(self, seed: int, geometry: CodecGeometry, device: torch.device) -> None:
-        self._seed = seed
+        self.seed = seed
         self._shape = (geometry.latent_channels, geometry.window_latents, geometry.latent_bins)
         self._device = device
 
     def __call__(self, window: int) -> Tensor:
-        return flow_noise(self._seed, window, self._shape, self._device)
+        return flow_noise(self.seed, window, self._shape, self._device)

@@ -100,10 +100,13 @@ class FlowOnDevice:
     ) -> Iterator[WindowLatents]:
         """Latents of each window in turn, on the device; arguments as for `lada_rt.decode.decode_latents`.
 
-        `noise` may give arrays or device tensors, `before` may be an array or an earlier result.
+        `noise` may give arrays or device tensors; one that has a `seed` is drawn on the device instead, with the same
+        bits. `before` may be an array or an earlier result.
         """
 
-        def device_noise(window: int) -> Tensor:
+        seed = getattr(noise, "seed", None)
+
+        def uploaded(window: int) -> Tensor:
             drawn = noise(window)
             return drawn if isinstance(drawn, Tensor) else to_device(drawn, self._device)
 
@@ -114,7 +117,7 @@ class FlowOnDevice:
             geometry,
             n_steps=n_steps,
             guidance=guidance,
-            noise=device_noise,
+            noise=uploaded if seed is None else SeededNoise(seed, geometry, self._device),
             windows=windows,
             before=None if before is None else to_device(np.asarray(before), self._device),
             renderer=self._renderer,
@@ -125,20 +128,24 @@ class FlowOnDevice:
 def engines_on_device(
     engines: Mapping[str, Any], geometry: CodecGeometry, device: torch.device, *, capture: bool = True
 ) -> dict[str, Engine]:
-    """One engine for each stage of the manifest, from engines of any backend that have `run` and `run_device`.
+    """One engine for each stage of the manifest, from engines of any backend.
+
+    The denoiser, and the flow together with mel decoder and vocoder, get their loops where they have `run_device`; a
+    stage without stays as it is, and its loop on the host.
 
     Args:
-        engines: stage -> engine; the flow as `flow`, or as `flow_prepare` and `flow_step`.
+        engines: stage -> engine; the flow as `flow`, or as `flow_prepare` and `flow_step`, or as all three.
         geometry: rates and window sizes.
         device: where the engines compute.
         capture: use CUDA graphs.
     """
-    renderer = Renderer(engines, geometry, device)
-    stages: dict[str, Engine] = {
-        name: engine for name, engine in engines.items() if name not in ("flow_prepare", "flow_step")
-    }
-    stages["denoiser"] = DenoiserOnDevice(engines["denoiser"], device, capture=capture)
-    stages["flow"] = FlowOnDevice(engines, renderer, device, capture=capture)
+    stages: dict[str, Engine] = {name: e for name, e in engines.items() if name not in ("flow_prepare", "flow_step")}
+    able = {name for name, engine in engines.items() if hasattr(engine, "run_device")}
+    if "denoiser" in able:
+        stages["denoiser"] = DenoiserOnDevice(engines["denoiser"], device, capture=capture)
+    if {"mel_decoder", "vocoder"} <= able and ("flow" in able or "flow_step" in able):
+        renderer = Renderer(engines, geometry, device)
+        stages["flow"] = FlowOnDevice(engines, renderer, device, capture=capture)
     return stages
 
 

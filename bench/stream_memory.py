@@ -74,6 +74,7 @@ def measure(seconds: int, bundle: str | None) -> dict[str, Any]:
         for _ in stream:
             pass
     peaks[stage] = peak_mb()
+    assert stream.vocal is not None
     held = stream.vocal.nbytes / 2**20
     kept_mb = max(0.0, after_denoiser_mb - before_denoiser_mb)
     return {

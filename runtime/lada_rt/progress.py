@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lada_rt.engines.base import Engine
+from lada_rt.memory import return_freed
 from lada_rt.results import Timings
 from lada_rt.stream import POLL_SECONDS, Cancel
 
@@ -78,12 +79,15 @@ class Reporter:
 
     @contextlib.contextmanager
     def holding(self, slots: threading.Semaphore) -> Iterator[None]:
-        """Wait for a slot, then start the clock."""
+        """Wait for a slot, then start the clock; when done, give the memory back."""
         self._started = time.perf_counter()
         with slots:
             self.queue_s = self.elapsed_s()
             self._started = time.perf_counter()
-            yield
+            try:
+                yield
+            finally:
+                return_freed()
 
     def mark_denoised(self) -> None:
         self._denoised_s = self.elapsed_s()

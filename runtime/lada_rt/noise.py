@@ -80,9 +80,7 @@ def _mersenne_uniform(seed: int, n_frames: int) -> NDArray[np.float32]:
     return ((words & 0xFFFFFF).astype(np.float64) * 2.0**-24).astype(np.float32)
 
 
-def released_gumbel(
-    seed: int | None, sequence_id: str | None, step: int, n_frames: int
-) -> NDArray[np.float32]:
+def released_gumbel(seed: int | None, sequence_id: str | None, step: int, n_frames: int) -> NDArray[np.float32]:
     """The released program's Gumbel noise of one low-confidence step, float32 [n_frames].
 
     Source: spec/lada_band.md d.6.
@@ -92,9 +90,7 @@ def released_gumbel(
     return -np.log(-np.log(u))
 
 
-def released_uniform(
-    seed: int | None, sequence_id: str | None, step: int, n_frames: int
-) -> NDArray[np.float32]:
+def released_uniform(seed: int | None, sequence_id: str | None, step: int, n_frames: int) -> NDArray[np.float32]:
     """The released program's uniform scores of one `random` step, float32 [n_frames] in [0, 1).
 
     Source: spec/lada_band.md d.6.
@@ -136,6 +132,4 @@ def released_remask_noise(
         return released_uniform(seed, sequence_id, step, n_frames)
     if strategy == "fixed_position":
         return released_fixed_position(seed, sequence_id, n_frames)
-    raise ParamError(
-        f"expected strategy low_confidence, random or fixed_position, got {strategy!r}; use one of these"
-    )
+    raise ParamError(f"expected strategy low_confidence, random or fixed_position, got {strategy!r}; use one of these")

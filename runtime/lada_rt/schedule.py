@@ -122,9 +122,7 @@ def mask_ratios(n_steps: int, schedule: str | Sequence[float] | Schedule = "cosi
     return ratios
 
 
-def mask_counts(
-    n_frames: int, n_steps: int, schedule: str | Sequence[float] | Schedule = "cosine"
-) -> list[int]:
+def mask_counts(n_frames: int, n_steps: int, schedule: str | Sequence[float] | Schedule = "cosine") -> list[int]:
     """Number of positions still masked after each step, starting from n_frames.
 
     Every step but the last reveals at least one position while it can and leaves at least one masked; with

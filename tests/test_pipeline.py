@@ -185,6 +185,51 @@ def test_closing_the_stream_stops_the_work(pipe: Pipeline) -> None:
     assert len(pipe._engines["denoiser"].rows_seen) == calls
 
 
+def test_dropping_the_stream_stops_the_work(pipe: Pipeline) -> None:
+    stream = pipe.stream((sung(48_000 * 200), 48_000), params=FAST)
+    next(stream)
+    del stream
+    assert no_threads_left()
+
+
+def test_stream_tells_what_generate_tells(pipe: Pipeline) -> None:
+    broken = sung(48_000 * 40)
+    broken[7] = np.nan
+    result = pipe.generate((broken, 48_000), text="soul", params=FAST)
+    stream = pipe.stream((broken, 48_000), text="soul", params=FAST, keep_latents=True)
+    assert stream.total_samples is None
+    assert stream.codes is None
+    with pytest.raises(ParamError, match="still to come"):
+        stream.result()
+    with stream:
+        chunks = [next(stream)]
+        assert stream.total_samples == result.audio.shape[1]
+        np.testing.assert_array_equal(stream.codes, result.codes)
+        np.testing.assert_array_equal(stream.vocal, result.vocal)
+        assert stream.timings is None
+        chunks.extend(stream)
+    assert stream.warnings == result.warnings
+    assert stream.timings is not None
+    ours = stream.result(np.concatenate([c.samples for c in chunks], axis=1))
+    np.testing.assert_array_equal(ours.audio, result.audio)
+    np.testing.assert_array_equal(ours.origin.layers[0].latents, result.origin.layers[0].latents)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_interrupt_in_the_consumer_stops_the_work(pipe: Pipeline) -> None:
+    """Ctrl-C arrives as an exception in the thread that renders."""
+
+    class Interrupted:
+        def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+            raise KeyboardInterrupt
+
+    pipe._engines["vocoder"] = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate((sung(48_000 * 200), 48_000), params=FAST)
+    assert no_threads_left()
+
+
 def test_error_in_the_consumer_stops_the_work(pipe: Pipeline) -> None:
     def consume() -> None:
         for _ in pipe.stream((sung(48_000 * 200), 48_000), params=FAST):

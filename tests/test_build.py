@@ -14,24 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from lada_rt import cli
 from lada_rt.bundle import STAGES, Bundle
-from lada_rt.engines.onnxruntime import OnnxEngine
-from lada_rt.errors import CheckpointError, EngineError, ExportError, ParamError
+from lada_rt.engines import load_engines
+from lada_rt.engines.cache import list_engines
+from lada_rt.errors import CheckpointError, EngineError, ExportError
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
-from lada_rt_export import stage_graph, stages, to_onnx, workspace
+from lada_rt_export import workspace
 from lada_rt_export.build import BuildOptions, build_bundle
 from lada_rt_export.checkpoints import open_tensors
 from lada_rt_export.onnx_check import check_graph
-from lada_rt_export.proof import ModuleEngine, output_error, prove, reference
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
-from lada_rt_export.stage_graph import GraphJob, build_graph
-from lada_rt_export.stages import stage_precisions, stage_spec
+from lada_rt_export.stages import stage_spec
 from lada_rt_export.synthetic_release import SyntheticRelease, write_synthetic_release
 from lada_rt_export.torch_engine import TorchEngine
 from lada_rt_export.workspace import Workspace, check_disk, check_memory, locked
@@ -145,16 +143,6 @@ def test_generate_from_the_bundle_by_command(built: Built, tmp_path: Path, capfd
     assert rate == 48_000
     assert audio.shape == (26 * 1920, 2)
     assert np.abs(audio).max() > 0
-
-
-def test_encoder_proof_meets_many_codes(built: Built) -> None:
-    """A proof on which every frame has one code would prove nothing."""
-    source = built.source()
-    spec = stage_spec("encoder", source.module("encoder"), source.sizes)
-    case = spec.cases()[0]
-    with torch.inference_mode():
-        codes = spec.module(**case.inputs)
-    assert len(codes.unique()) > 10
 
 
 # -- building again, building on
@@ -419,99 +407,7 @@ def test_disk_and_memory_are_checked_before_the_work(
         build(tmp_path / "song.bundle", built.source(), stages=("text_encoder",))
 
 
-# -- precision and proof
-
-
-def test_the_precision_of_each_stage() -> None:
-    assert set(stage_precisions("fp32").values()) == {"fp32"}
-    half = stage_precisions("bf16")
-    assert {name for name, precision in half.items() if precision == "bf16"} == {"denoiser", "flow"}
-    assert stage_precisions("bf16,vocoder=fp16,flow=fp32") == half | {"vocoder": "fp16", "flow": "fp32"}
-    with pytest.raises(ParamError):
-        stage_precisions("fp16,ref_encoder=fp16")
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "words"),
-    [("denoiser", "fp16", "graph in ONNX Runtime"), ("denoiser", "bf16", "torch module"), ("flow", "fp16", "graph in")],
-)
-def test_half_precision_is_proven_against_the_float32_module(
-    built: Built, tmp_path: Path, stage: str, precision: str, words: str
-) -> None:
-    source = built.source()
-    spec = stage_spec(stage, source.module(stage), source.sizes, precision)
-    entry = build_graph(GraphJob(spec, tmp_path, 8 << 30, lambda line: None))
-    assert entry.precision == precision
-    assert words in entry.proof["method"]
-    # rounding shows, and stays in bounds
-    assert 1e-5 < entry.proof["max_rel_error"] <= entry.proof["tolerance"] == stages.TOLERANCES[precision]
-    model = onnx.load(tmp_path / entry.graph.path)
-    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    wanted = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
-    attention = [types[name] for node in model.graph.node if node.op_type == "Attention" for name in node.input]
-    assert set(attention) == {wanted}
-    assert all(v.type.tensor_type.elem_type != wanted for v in (*model.graph.input, *model.graph.output))
-
-
-def test_a_graph_over_tolerance_is_not_kept(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = built.source()
-    spec = stage_spec("text_encoder", source.module("text_encoder"), source.sizes)
-    monkeypatch.setattr(stages, "TOLERANCES", {"fp32": 1e-12})
-    with pytest.raises(ExportError, match=r"text_encoder: feature of the smallest size .* differs .* allowed 1e-12"):
-        build_graph(GraphJob(spec, tmp_path, 8 << 30, lambda line: None))
-    assert not list((tmp_path / "graphs").iterdir())
-
-
-def test_errors_are_relative_and_what_is_no_number_is_infinite() -> None:
-    wanted = np.array([[1.0, -4.0]], np.float32)
-    assert output_error(wanted + np.float32(0.5), wanted) == pytest.approx(0.125)
-    assert output_error(wanted * np.nan, wanted) == float("inf")
-    assert output_error(wanted[0], wanted) == float("inf")
-    assert output_error(np.array([1, 2, 3, 5]), np.array([1, 2, 3, 4])) == 0.25
-
-
-def test_sizes_beyond_the_memory_are_left_out_and_named(built: Built) -> None:
-    source = built.source()
-    spec = stage_spec("ref_encoder", source.module("ref_encoder"), source.sizes)
-    expected = reference(spec, 500 << 20)
-    assert [case.size for case in expected.cases] == ["smallest", "typical"]
-    proof = prove(spec, expected, ModuleEngine(spec, spec.module), "itself")
-    assert proof["max_rel_error"] == 0
-    assert list(proof["left_out_for_memory"]) == ["largest"]
-
-
-def test_the_reference_encoder_is_judged_by_mean_and_feature(built: Built) -> None:
-    """A sum over thousands of frames would hide what happened to the last chunk's mean."""
-    source = built.source()
-    spec = stage_spec("ref_encoder", source.module("ref_encoder"), source.sizes)
-    results = {
-        "frame_sum_out": np.full((1, 4), 1000.0, np.float32),
-        "frame_count_out": np.full(1, 500.0, np.float32),
-        "feature": np.zeros((1, 3), np.float32),
-    }
-    compared = spec.compare(results)
-    assert set(compared) == {"mean_frame", "feature"}
-    assert (compared["mean_frame"] == 2).all()
-
-
-def test_large_weights_lie_beside_the_graph_in_the_same_bytes(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(to_onnx, "EXTERNAL_DATA_BYTES", 1 << 16)
-    source = built.source()
-    digests = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        spec = stage_spec("denoiser", source.module("denoiser"), source.sizes)
-        entry = build_graph(GraphJob(spec, folder, 8 << 30, lambda line: None))
-        assert [Path(f.path).name for f in entry.files] == ["denoiser.onnx", "denoiser.data"]
-        assert entry.external_data[0].bytes > 10 * entry.graph.bytes
-        digests.append([f.sha256 for f in entry.files])
-    assert digests[0] == digests[1]
-    inputs = {name: tensor.numpy() for name, tensor in spec.cases()[0].inputs.items()}
-    found = OnnxEngine(folder / entry.graph.path).run(**inputs)
-    with torch.inference_mode():
-        wanted = spec.module(**spec.cases()[0].inputs).numpy()
-    assert output_error(found["logits"], wanted) < 1e-5
+# -- engines and sizes
 
 
 def test_max_seconds_limits_the_denoiser(built: Built) -> None:
@@ -531,6 +427,32 @@ def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         BuildOptions(backend="tensorrt")
 
 
+def test_a_torch_engine_is_built_filed_and_used(built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = built.copy(tmp_path)
+    bundle, log = build(out, built.source(), backend="torch", device="cpu", stages=("text_encoder",))
+    assert bundle is not None
+    (entry,) = list_engines(bundle)
+    assert (entry.key.stage, entry.key.backend, entry.key.backend_version) == (
+        "text_encoder",
+        "torch",
+        torch.__version__,
+    )
+    assert 0 <= entry.proof["max_rel_error"] <= entry.proof["tolerance"] == 1e-4
+    assert bundle.sha256 == Bundle.open(built.bundle).sha256  # engines are no part of what a bundle is
+    engines, backend, device = load_engines(bundle, backend="torch", device="cpu", n_threads=1)
+    assert (backend, device) == ("torch", "cpu")
+    assert "no torch engine for encoder, ref_encoder, denoiser" in caplog.text
+    assert set(engines) == set(STAGES)
+    inputs = {"ids": np.array([[0, 9, 2]]), "positions": np.array([[2, 3, 4]])}
+    wanted = load_engines(bundle, backend="onnxruntime", device="cpu")[0]["text_encoder"].run(**inputs)["feature"]
+    np.testing.assert_allclose(engines["text_encoder"].run(**inputs)["feature"], wanted, atol=1e-5)
+    # building anew keeps the engine while its graph is the same
+    again, log = build(out, built.source(), backend="torch", device="cpu", stages=("text_encoder",))
+    assert again is not None
+    assert "text_encoder: torch engine up to date" in log
+    assert [e.folder.name for e in list_engines(again)] == [entry.folder.name]
+
+
 def test_stage_sources_name_the_file_that_is_wrong(built: Built, tmp_path: Path) -> None:
     checkpoint, root = built.release_copy(tmp_path)
     flip_a_weight(root / AUDIOLDM)
@@ -541,13 +463,7 @@ def test_stage_sources_name_the_file_that_is_wrong(built: Built, tmp_path: Path)
 
 
 def test_a_bfloat16_graph_is_refused_on_the_cpu(built: Built) -> None:
-    from lada_rt.engines import load_engines
-
     bundle = Bundle.open(built.bundle)
     stage = replace(bundle.stages["denoiser"], precision="bf16")
     with pytest.raises(EngineError, match="bf16, which ONNX Runtime cannot run on the CPU"):
         load_engines(replace(bundle, stages={"denoiser": stage}), backend="onnxruntime", device="cpu")
-
-
-def test_conversion_dtypes_cover_the_precisions() -> None:
-    assert set(stage_graph.DTYPES) == set(stages.PRECISIONS)

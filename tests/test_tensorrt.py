@@ -238,7 +238,7 @@ def test_the_folder_names_everything_an_engine_depends_on(bundle: Bundle) -> Non
         ({}, Machine(VERSION, "sm_120"), "was built for sm_90, this device is sm_120"),
         ({"arch": "sm_80+"}, Machine(VERSION, "sm_120"), None),
         ({"arch": "sm_80+"}, Machine(VERSION, "sm_75"), "was built for sm_80+"),
-        ({}, Machine(VERSION, "cpu"), "this device is cpu"),
+        ({}, Machine(VERSION, "cpu-x86_64"), "this device is cpu-x86_64"),
         ({}, Machine(None, "sm_90"), "which is not installed"),
     ],
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ class EngineKey:
         stage: name.
         graph_sha256: of the stage's graph in the manifest; it covers large weights through `build_key`.
         backend, backend_version: such as "tensorrt" and "11.4.0.106".
-        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu".
+        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64".
         precision: of the stage.
         profile: axis -> (min, opt, max).
         any_later_version: a later release of the backend runs it too.
@@ -133,7 +134,7 @@ def this_machine(backend: str, device: str = "auto") -> Machine:
         device: "cpu" or "cuda"; "auto" is the GPU where there is one.
     """
     gpu = None if device == "cpu" else _gpu_arch()
-    return Machine(_version(backend), gpu or "cpu")
+    return Machine(_version(backend), gpu or f"cpu-{platform.machine()}")
 
 
 @cache
@@ -224,7 +225,11 @@ def engine_report(bundle: Bundle) -> list[dict[str, Any]]:
             **entry.key.to_json(),
             "bytes": sum(file.bytes for file in entry.files),
             "proof": dict(entry.proof),
-            "misfit": misfit(entry, bundle, this_machine(entry.key.backend)),
+            "misfit": misfit(
+                entry,
+                bundle,
+                this_machine(entry.key.backend, "cpu" if entry.key.arch.startswith("cpu") else "auto"),
+            ),
         }
         for entry in list_engines(bundle)
     ]

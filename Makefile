@@ -10,7 +10,7 @@ TORCH  ?= torch>=2.11,<2.14
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint test-slow test-asan bench demo-bundle clean
+.PHONY: demo test lint test-slow test-asan readme-table demo-bundle clean
 
 demo: $(VENV)/.runtime
 	$(PY) -P -m lada_rt_export.demo.showcase --out $(OUT)
@@ -22,6 +22,18 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The C++ kernels under AddressSanitizer and UBSan.
+test-asan:
+	tests/csrc/run.sh build/asan
+
+# Every stage at the released sizes, random weights, against torch: minutes, 10 GB of memory, 30 GB of disk.
+test-slow: $(VENV)/.test
+	$(PY) -P bench/full_size.py
+
+# Write the README's table from the committed results.
+readme-table: $(VENV)/.test
+	$(PY) -P bench/readme_table.py
 
 # Rebuild the embedded demo bundle after a change of the models or the exporter.
 demo-bundle: $(VENV)/.test

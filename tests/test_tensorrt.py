@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from lada_rt import cli
 from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache, load_engines
@@ -24,6 +25,7 @@ from lada_rt.errors import EngineError, ExportError
 from lada_rt_export.demo.bundle import DemoSource
 from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
 from lada_rt_export.stages import StageSpec, stage_spec
+from stubs import sung
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDIN = Path(__file__).parent / "standin"
@@ -273,7 +275,11 @@ def test_what_is_no_engine_is_left_out(bundle: Bundle) -> None:
 
 
 def test_falling_back_is_never_silent(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(cache, "_gpu_arch", lambda: "sm_89")
     monkeypatch.setattr(cache, "_version", lambda backend: VERSION)
@@ -283,6 +289,10 @@ def test_falling_back_is_never_silent(
     assert load_engines(bundle, device="cpu")[1] == "onnxruntime"
     assert "backend tensorrt is not used: the engine of denoiser was built for sm_90" in caplog.text
     assert "rebuild it with" in caplog.text
+    soundfile.write(tmp_path / "vocal.wav", sung(4800), 48_000)
+    args = ["generate", str(tmp_path / "vocal.wav"), "-o", str(tmp_path / "out.wav"), "--bundle", str(bundle.path)]
+    assert cli.run([*args, "--steps", "1", "--flow-steps", "1", "--device", "cpu"]) == 0
+    assert "lada-rt: backend tensorrt is not used" in capfd.readouterr().err
     with pytest.raises(EngineError, match="was built for sm_90, this device is sm_89"):
         load_engines(bundle, backend="tensorrt")
     with pytest.raises(EngineError, match="has no engine for it; build them with"):

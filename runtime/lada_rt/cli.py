@@ -7,6 +7,7 @@ audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -428,7 +429,17 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(run(args))
 
 
+class _Notes(logging.Handler):
+    """The library's warnings as notes on stderr: a slower backend, for one, is never taken silently."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
 def run(args: list[str]) -> int:
+    log = logging.getLogger("lada_rt")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes(logging.WARNING))
     try:
         return app.main(args, prog_name="lada-rt", standalone_mode=False) or 0
     except LadaError as error:

@@ -1,4 +1,17 @@
-"""The stages in order, resumable at any moment; what `python -m lada_rt_export.demo.train` runs."""
+"""The stages in order, resumable at any moment; what `python -m lada_rt_export.demo.train` runs.
+
+Budget of the `demo` preset on two CPU cores, extrapolated from three timed steps of each stage on a busy machine, in
+processor seconds; no stage has run to its end, so these are estimates and rather too high:
+
+    songs      320 songs            4 s each                                    0.2 h
+    codec      4000 steps           1.2 s, whole windows 2.6 s                  0.8 h
+    mel_vae    3000 steps           1.8 s, long crops 3.6 s                     0.9 h
+    vocoder    6000 steps           1.3 s, second half 2.3 s                    1.5 h
+    style      800 steps            1.6 s                                       0.2 h
+    codes      1500 + 320 songs     8 s each, less for the 320                  1.7 h
+    flow       6000 steps           1.7 s, whole windows 3.1 s                  1.5 h
+    predictor  8000 steps           1.9 s                                       2.2 h
+"""
 
 from __future__ import annotations
 
@@ -29,6 +42,8 @@ from lada_rt_export.demo.training.vocoder import VocoderTask
 __all__ = ["main", "run_stage", "train_all"]
 
 RUN_FILE = "run.json"
+#: exit code of a run that stopped for time: sysexits.h calls it a temporary failure, to be tried again
+MORE_TO_DO = 75
 
 
 def _claim(sizes: TrainingSizes, options: RunOptions) -> None:
@@ -131,7 +146,7 @@ def _device(name: str) -> str:
 
 
 def main(argv: list[str] | None = None, log: Callable[[str], None] = _log) -> int:
-    """The command line; returns 0 when everything is finished, 3 when there is more to do, 2 on an error."""
+    """The command line; returns 0 when everything is finished, 75 when time ran out, else the error's code."""
     parser = argparse.ArgumentParser(prog="python -m lada_rt_export.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of songs, checkpoints and losses")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
@@ -159,5 +174,5 @@ def main(argv: list[str] | None = None, log: Callable[[str], None] = _log) -> in
                 build_bundle(args.bundle, TrainedSource(path), log=log)
     except LadaError as error:
         log(f"{type(error).__name__}: {error}")
-        return 2
-    return 0 if finished else 3
+        return error.exit_code
+    return 0 if finished else MORE_TO_DO

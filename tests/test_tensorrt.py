@@ -287,11 +287,13 @@ def test_falling_back_is_never_silent(
     assert not caplog.records
     entry_for(bundle)
     assert load_engines(bundle, device="cpu")[1] == "onnxruntime"
+    assert not caplog.records  # the CPU was asked for
+    assert load_engines(bundle)[1] == "onnxruntime"
     assert "backend tensorrt is not used: the engine of denoiser was built for sm_90" in caplog.text
     assert "rebuild it with" in caplog.text
     soundfile.write(tmp_path / "vocal.wav", sung(4800), 48_000)
     args = ["generate", str(tmp_path / "vocal.wav"), "-o", str(tmp_path / "out.wav"), "--bundle", str(bundle.path)]
-    assert cli.run([*args, "--steps", "1", "--flow-steps", "1", "--device", "cpu"]) == 0
+    assert cli.run([*args, "--steps", "1", "--flow-steps", "1"]) == 0
     assert "lada-rt: backend tensorrt is not used" in capfd.readouterr().err
     with pytest.raises(EngineError, match="was built for sm_90, this device is sm_89"):
         load_engines(bundle, backend="tensorrt")

@@ -71,8 +71,10 @@ def load_engines(
 
 
 def _choose(bundle: Bundle, device: str) -> str:
-    """The fastest backend with an engine that fits; why others do not is logged."""
-    entries = list_engines(bundle)
+    """The fastest backend with GPU engines that fit; why others do not is logged. On the CPU ONNX Runtime is fastest."""
+    if device == "cpu":
+        return "onnxruntime"
+    entries = [entry for entry in list_engines(bundle) if entry.key.arch.startswith("sm_")]
     for backend in _COMPILED:
         own = [entry for entry in entries if entry.key.backend == backend]
         if not own:

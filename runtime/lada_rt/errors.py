@@ -20,6 +20,10 @@ class LadaError(Exception):
     #: exit code of the command line for this error
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        # one line, whatever a value's repr brings along
+        super().__init__(" ".join(str(message).split()))
+
 
 class ParamError(LadaError, ValueError):
     """An option or argument is out of range, of the wrong type or of the wrong shape."""

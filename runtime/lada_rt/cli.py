@@ -370,7 +370,7 @@ def inspect(bundle: Path | None, json_file: Path | None) -> None:
 @bundle_option
 @click.option("--steps", default="8,20,60", show_default=True, help="Denoising steps to measure, separated by commas.")
 @click.option("--seconds", default="10,30", show_default=True, help="Lengths of the vocal, which is sung for you.")
-@click.option("--repeat", type=int, default=3, show_default=True, help="Timed runs of each combination.")
+@click.option("--repeat", type=int, default=2, show_default=True, help="Timed runs of each combination.")
 @click.option("--flow-steps", type=int, default=20, show_default=True, help="Steps of the flow decoder.")
 @click.option("--seed", type=int, default=13, show_default=True, help="Of the vocal and of the runs.")
 @click.option("--text", default="", help="Description of the music.")

@@ -52,7 +52,7 @@ class BenchOptions:
 
     steps: tuple[int, ...] = (8, 20, 60)
     seconds: tuple[float, ...] = (10.0, 30.0)
-    repeat: int = 3
+    repeat: int = 2
     flow_steps: int = 20
     seed: int = 13
     text: str = ""

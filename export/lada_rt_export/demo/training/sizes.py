@@ -155,19 +155,19 @@ def _demo() -> TrainingSizes:
     return TrainingSizes(
         name="demo",
         geometry=CodecGeometry(),
-        muq=MuQConfig(conv_dim=12, dim=96, n_layers=2, n_heads=4, ffn_dim=192),
+        muq=MuQConfig(conv_dim=12, dim=96, n_layers=2, n_heads=4, ffn_dim=128),
         vq=VQConfig(dim=96, codebook_size=1024, codebook_dim=32),
         # a token holds 2 x 2 positions of 2 x 8 active channels: 64 numbers must pass through its width
-        flow=FlowConfig(n_layers=2, n_heads=1, head_dim=96, time_features=128),
+        flow=FlowConfig(n_layers=2, n_heads=1, head_dim=80, time_features=128),
         mel_vae=MelVAEConfig(channels=16, multiples=(1, 1, 1, 2), n_res_blocks=1, norm_groups=8),
-        vocoder=VocoderConfig(initial_channels=128, resblock_kernels=(3, 7), dilations=((1, 3),) * 2),
+        vocoder=VocoderConfig(initial_channels=96, resblock_kernels=(3, 7), dilations=((1, 3),) * 2),
         mert=MertConfig(
             hidden_size=32, n_layers=2, n_heads=2, intermediate_size=64, conv_channels=(16,) * 7, pos_conv_groups=4
         ),
         text=Clamp3TextConfig(N_TEXT_TOKENS, 32, n_layers=2, n_heads=2, intermediate_size=64, output_size=32),
         audio=Clamp3AudioConfig(32, n_layers=2, n_heads=2, intermediate_size=64, output_size=32),
         # heads of 32: the graph carries a rotary table that grows with them
-        predictor=MaskPredictorConfig(128, 5, 4, 2, 320, 1024, 1024, condition_size=32, rtd_head=True),
+        predictor=MaskPredictorConfig(128, 5, 4, 2, 256, 1024, 1024, condition_size=32, rtd_head=True),
         budgets={
             "codec": Budget(4000, 6, ((0.8, 256), (1.0, 1024)), 1e-3, long_batch_size=2),
             "mel_vae": Budget(3000, 2, ((0.8, 64), (1.0, 256)), 1e-3, average=0.998, long_batch_size=1),
@@ -181,7 +181,7 @@ def _demo() -> TrainingSizes:
         song_s=None,
         n_vocal_takes=2,
         active_latents=8,
-        max_seconds=180,
+        max_seconds=120,
         adversarial=False,
     )
 

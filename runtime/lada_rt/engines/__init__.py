@@ -71,7 +71,7 @@ def load_engines(
 
 
 def _choose(bundle: Bundle, device: str) -> str:
-    """The fastest backend with GPU engines that fit; why others do not is logged. On the CPU ONNX Runtime is fastest."""
+    """The fastest backend with GPU engines that fit; why others do not is logged. ONNX Runtime serves CPUs."""
     if device == "cpu":
         return "onnxruntime"
     entries = [entry for entry in list_engines(bundle) if entry.key.arch.startswith("sm_")]

@@ -59,7 +59,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever its parser meets

@@ -88,7 +88,9 @@ def generate(folder: Path) -> dict[str, Any]:
         *("--backend", "onnxruntime", "--device", "cpu", "--json", str(report)),
     ]
     start = time.monotonic()
-    subprocess.run(command, check=True)
+    run = subprocess.run(command, check=False)
+    if run.returncode:
+        return {"exit_code": run.returncode, "wall_s": round(time.monotonic() - start, 1)}
     data = json.loads(report.read_text())
     return {
         "audio_s": data["duration_s"],
@@ -125,6 +127,8 @@ def main() -> None:
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     print(text)
+    if "audio_s" not in result["generate"]:
+        raise SystemExit("lada-rt generate failed; see above")
     worst = max(
         size["max_rel_error"]
         for name, s in result["stages"].items()
@@ -140,7 +144,10 @@ def run(folder: Path, scale: str) -> dict[str, Any]:
     start = time.monotonic()
     release = write_synthetic_release(folder / "release", scale, 1, print)
     written_s = time.monotonic() - start
-    stages = {name: measure_stage(folder, name) for name in STAGES}
+    stages = {}
+    for name in STAGES:
+        stages[name] = measure_stage(folder, name)
+        print(json.dumps({name: stages[name]}), flush=True)
     bundle = Bundle.open(folder / "song.bundle")
     song = generate(folder)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -20,6 +20,9 @@ DEVICES: Final = ("cpu", "cuda")
 #: fastest first: what `auto` looks for
 _COMPILED: Final = ("tensorrt", "torch")
 
+#: on the CPU the weights of larger bundles stay mapped files: the system can take their pages back
+_MAPPED_BYTES: Final = 4 << 30
+
 _LOG = logging.getLogger("lada_rt")
 
 
@@ -110,7 +113,10 @@ def _onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None)
             f"{stage}: its graph is bf16, which ONNX Runtime cannot run on the CPU; use --device cuda or --backend "
             "torch, or build the bundle with --precision fp32"
         )
-    return OnnxEngine(bundle.file_path(entry.graph), device=device, n_threads=n_threads)
+    # seven sessions that each reorder their weights would hold a full-size bundle twice
+    n_bytes = sum(stage.bytes for stage in bundle.stages.values())
+    low_memory = device == "cpu" and n_bytes > _MAPPED_BYTES
+    return OnnxEngine(bundle.file_path(entry.graph), device=device, n_threads=n_threads, low_memory=low_memory)
 
 
 def _tensorrt_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def test_onset_f1_counts_matches_within_50_ms() -> None:
     # two of four found, one false: precision 2/3, recall 1/2
     assert quality.onset_f1(np.array([1.0, 2.0, 2.5]), truth) == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
     assert quality.onset_f1(np.array([]), truth) == 0.0
+
+
+def test_without_mir_eval_onset_f1_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mir_eval.onset", None)
+    found = quality.against_vocal(tone(60), tone(60), RATE)
+    assert found["onset_f1"] is None
+    assert found["chroma_similarity"] == pytest.approx(1)
 
 
 def test_silence_has_no_onsets() -> None:

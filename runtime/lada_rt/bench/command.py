@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lada_rt.bench.compare import RowChange, compare_reports, parse_percent, read_report
 from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
-from lada_rt.bench.report import draw, print_report
+from lada_rt.bench.report import check_plot, draw, print_report
 from lada_rt.bench.roofline import Peaks
 from lada_rt.bundle import Bundle
 from lada_rt.errors import EngineError, ParamError
@@ -67,6 +67,8 @@ def run_command(
     )
     if plot is not None and (not plot.parent.is_dir() or plot.is_dir()):
         raise ParamError(f"--plot: {plot}: cannot be written; give a file name in a folder that exists")
+    if plot is not None:
+        check_plot()
     rates = None
     if peaks is not None:
         given = numbers("--peaks", peaks)

@@ -10,6 +10,7 @@ ratios                  with an opponent: its seconds over the runtime's, for ev
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 from lada_rt.audio import replaced_file
 from lada_rt.errors import EngineError
 
-__all__ = ["STAGES", "draw", "print_report"]
+__all__ = ["STAGES", "check_plot", "draw", "print_report"]
 
 #: order and colour of the stages in tables and stacks; of the palette of Okabe and Ito, told apart by the colour-blind
 STAGES = {
@@ -97,6 +98,8 @@ def _print_quality(report: Mapping[str, Any], console: Console) -> None:
         "the vocal",
         highlight=False,
     )
+    if any(row["quality"]["against_vocal"]["onset_f1"] is None for row in report["rows"] if "quality" in row):
+        console.print("onset F1 needs mir_eval: pip install mir_eval", highlight=False, markup=False)
 
 
 def _print_ratios(report: Mapping[str, Any], console: Console) -> None:
@@ -111,18 +114,27 @@ def _print_ratios(report: Mapping[str, Any], console: Console) -> None:
     console.print(f"seconds of {report['opponent']} over those of lada-rt, run in turn", highlight=False)
 
 
+def check_plot() -> None:
+    """Find out before anything is measured whether a picture can be drawn.
+
+    Raises:
+        EngineError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EngineError(
+            '--plot: matplotlib is missing; install it with: pip install "lada-rt[plot]", or leave --plot out'
+        )
+
+
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw RTF against steps, stacked by stage, a panel for each length.
 
     Raises:
         EngineError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise EngineError(
-            '--plot: matplotlib is missing; install it with: pip install "lada-rt[plot]", or leave --plot out'
-        ) from None
+    check_plot()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -35,7 +35,9 @@ DRAWING_OPTIONS = (
 
 def backend_options(command: Any) -> Any:
     command = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")(command)
-    return click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime.")(command)
+    return click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt or torch.")(
+        command
+    )
 
 
 json_option = click.option("--json", "json_file", type=PathArg, metavar="FILE", help="Write a report for machines.")

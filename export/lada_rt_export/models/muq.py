@@ -132,6 +132,11 @@ def _mel_filterbank(n_bins: int, n_mels: int, top_hz: float) -> Tensor:
     return torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp(min=0)
 
 
+def _n_rows(n_fft: int) -> int:
+    """The largest divisor of n_fft up to its root."""
+    return next(n for n in range(math.isqrt(n_fft), 0, -1) if n_fft % n == 0)
+
+
 class MelFrontEnd(Float32Buffers):
     """Waveform to normalised decibel mel, always float32. Source: mucodec spec 2.5."""
 
@@ -151,19 +156,29 @@ class MelFrontEnd(Float32Buffers):
         self.register_buffer("cosines", cosines, persistent=False)
         self.register_buffer("filterbank", fb.t().contiguous(), persistent=False)
 
-    def basis(self) -> Tensor:
-        """Windowed cosines, then sines, of the real DFT: [2 * bins, 1, n_fft] float32.
+    def bases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of the real DFT of n_fft = R x C samples, sample C a + b, bin c + R d (Cooley and Tukey, 1965).
 
-        Looked up in one period of the cosine, with the angle reduced in integers, so that a graph carries 8 kB of table
-        in place of 17 MB of basis; engines fold it when they load.
+        Summing over `a`, then over `b`, takes a fiftieth of the products of one matrix over all samples and bins.
+        All entries are looked up in one period of the cosine, with the angle reduced in integers, so that a graph
+        carries 8 kB of table; engines fold the lookups when they load.
+
+        Returns:
+            rows [2 R, R]: cosines, then sines, of c against a; for the cosine sums and for the sine sums of the first
+            step [R, C, 2 D] each: real, then imaginary parts of c and b against d, D covering the bins to n_fft / 2.
         """
-        n_fft = self.config.n_fft
-        k = torch.arange(n_fft // 2 + 1, dtype=torch.int64, device=self.cosines.device)
-        n = torch.arange(n_fft, dtype=torch.int64, device=self.cosines.device)
-        phase = k[:, None] * n
+        n_fft, rows = self.config.n_fft, _n_rows(self.config.n_fft)
+        columns = n_fft // rows
+        n_high = n_fft // 2 // rows + 1
+        count = torch.arange(n_fft, dtype=torch.int64, device=self.cosines.device)
         # sin(x) = cos(x - pi / 2); three quarters of a period added keep the index positive
-        index = torch.cat([phase, phase + 3 * n_fft // 4]) % n_fft
-        return (self.cosines[index] * self.window).unsqueeze(1)
+        turn = 3 * n_fft // 4
+        angle = count[:rows, None] * count[:rows] * columns  # [c, a]
+        first = self.cosines[torch.cat([angle, angle + turn]) % n_fft]
+        bins = count[:rows, None, None] + rows * count[:n_high]  # [c, 1, d]
+        angle = count[:columns, None] * bins  # [c, b, d]
+        cos, sin = self.cosines[angle % n_fft], self.cosines[(angle + turn) % n_fft]
+        return first, torch.cat([cos, sin], dim=2), torch.cat([-sin, cos], dim=2)
 
     def load_constants(self, window: Tensor | None, filterbank: Tensor | None) -> None:
         """Take the stored window [n_fft] and filterbank [bins, n_mels] instead of the formulas."""
@@ -176,13 +191,28 @@ class MelFrontEnd(Float32Buffers):
 
     def mel_power(self, wav: Tensor, *, keep_last: bool = False) -> Tensor:
         """Mel power of [B, n] float32, n a multiple of the hop: [B, n_mels, n / hop (+ 1 with keep_last)]."""
-        half, hop = self.config.n_fft // 2, self.config.hop_samples
+        n_fft, hop = self.config.n_fft, self.config.hop_samples
+        half, rows = n_fft // 2, _n_rows(n_fft)
         # one hop less of padding on the right leaves out the last centred frame, which the reference drops
         right = half if keep_last else half - hop
-        padded = F.pad(wav.unsqueeze(1), (half, right), mode="reflect")
-        spectrum = F.conv1d(padded, self.basis(), stride=hop)  # [B, 2 * bins, frames]
-        real, imag = spectrum.chunk(2, dim=1)
-        return torch.matmul(self.filterbank, real * real + imag * imag)
+        padded = F.pad(wav.unsqueeze(1), (half, right), mode="reflect").squeeze(1)
+        # a frame is so many hops in a row, less a rest
+        n_hops = -(-n_fft // hop)
+        hops = F.pad(padded, (0, n_hops * hop - n_fft)).unflatten(1, (-1, hop))
+        n_frames = hops.shape[1] - n_hops + 1
+        frames = torch.cat([hops[:, i : i + n_frames] for i in range(n_hops)], dim=2)[:, :, :n_fft] * self.window
+        by_row = frames.unflatten(2, (rows, -1)).transpose(1, 2)  # [B, a, frames, b]
+        first, from_cosines, from_sines = self.bases()
+        sums = torch.matmul(first, by_row.flatten(2)).unflatten(1, (2, rows)).unflatten(3, (-1, n_fft // rows))
+        cosine_sums, sine_sums = sums.unbind(1)  # [B, c, frames, b] each
+        spectrum = torch.matmul(cosine_sums, from_cosines) + torch.matmul(sine_sums, from_sines)
+        real, imag = spectrum.chunk(2, dim=3)  # [B, c, frames, d] each
+        power = (real * real + imag * imag).transpose(1, 2).flatten(2)
+        # the filterbank in the order of the bins, zero past n_fft / 2
+        n_high = real.shape[3]
+        bank = F.pad(self.filterbank, (0, rows * n_high - self.filterbank.shape[1]))
+        bank = bank.unflatten(1, (n_high, rows)).transpose(1, 2).flatten(1)
+        return torch.matmul(power, bank.t()).transpose(1, 2)
 
     def decibels(self, power: Tensor) -> Tensor:
         """10 log10 with a floor of 1e-10 and no range clipping, hence no coupling between batch rows."""

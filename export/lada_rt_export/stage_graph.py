@@ -1,4 +1,4 @@
-"""One stage to a proven ONNX graph: answers of the float32 module, export in the wanted precision, comparison."""
+"""One stage to proven ONNX graphs: answers of the float32 module, export in the wanted precision, comparison."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lada_rt.engines.base import Engine
 from lada_rt.engines.onnxruntime import OnnxEngine, cuda_available
 from lada_rt.errors import ExportError
 
+from lada_rt_export.cpu_graph import CPU_STAGES, write_cpu_graph
 from lada_rt_export.onnx_check import check_graph
-from lada_rt_export.proof import ModuleEngine, prove, reference
+from lada_rt_export.proof import ModuleEngine, Reference, prove, reference
 from lada_rt_export.stages import StageSpec
-from lada_rt_export.to_onnx import write_graph
+from lada_rt_export.to_onnx import EXTERNAL_DATA_BYTES, write_graph
 
 __all__ = ["GraphJob", "build_graph"]
 
@@ -43,10 +44,10 @@ class GraphJob:
 
 
 def build_graph(job: GraphJob) -> StageEntry:
-    """Write `graphs/<stage>.onnx`, prove it, and describe it.
+    """Write `graphs/<stage>.onnx`, prove it, and describe it; for some stages also `graphs/<stage>.cpu.onnx`.
 
     Returns:
-        The manifest entry, with the measured errors under `proof`.
+        The manifest entry, with the measured errors under `proof`, of the CPU's graph under `proof["cpu_graph"]`.
 
     Raises:
         ExportError: the exporter failed, a node is beyond what engines take, or the graph misses its tolerance; no file
@@ -58,7 +59,10 @@ def build_graph(job: GraphJob) -> StageEntry:
     job.log(f"  module run at {len(expected.cases)} sizes in {sum(expected.seconds):.0f} s")
     module = spec.module.to(DTYPES[spec.precision])
     start = time.monotonic()
-    files = write_graph(spec, module, expected.cases[0].inputs, target)
+    # two graphs can share weights only if these lie beside them
+    for_cpu = spec.name in CPU_STAGES and spec.precision == "fp32"
+    inline_bytes = 0 if for_cpu else EXTERNAL_DATA_BYTES
+    files = write_graph(spec, module, expected.cases[0].inputs, target, inline_bytes=inline_bytes)
     job.log(f"  exported in {time.monotonic() - start:.0f} s, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
     try:
         faults = check_graph(target)
@@ -71,6 +75,7 @@ def build_graph(job: GraphJob) -> StageEntry:
         engine, method = _engine(spec, module, target)
         proof = prove(spec, expected, engine, method, job.log)
         del engine
+        cpu_graph = _cpu_graph(job, target, expected, proof) if for_cpu else None
     except ExportError:
         for file in files:
             file.unlink(missing_ok=True)
@@ -84,7 +89,26 @@ def build_graph(job: GraphJob) -> StageEntry:
         inputs=spec.input_entries(),
         outputs=spec.output_entries(),
         proof=proof,
+        cpu_graph=cpu_graph,
     )
+
+
+def _cpu_graph(job: GraphJob, graph: Path, expected: Reference, proof: dict[str, Any]) -> FileEntry | None:
+    """Write and prove the CPU's form of a graph, and note its errors in `proof`; None where it has no other form.
+
+    Raises:
+        ExportError: it misses the tolerance; it is not left then.
+    """
+    target = graph.with_suffix(".cpu.onnx")
+    if not write_cpu_graph(graph, target):
+        return None
+    try:
+        found = prove(job.spec, expected, OnnxEngine(target, low_memory=True), "CPU graph in ONNX Runtime", job.log)
+    except ExportError:
+        target.unlink()
+        raise
+    proof["cpu_graph"] = {name: found[name] for name in ("method", "max_rel_error", "errors")}
+    return _entry(job.folder, target)
 
 
 def _engine(spec: StageSpec, module: Any, target: Path) -> tuple[Engine, str]:

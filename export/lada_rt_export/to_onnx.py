@@ -36,7 +36,14 @@ _PAGE_BYTES: Final = 4096
 _IMPLIED: Final[Mapping[str, Mapping[str, Any]]] = {"Attention": {"softcap": 0.0, "qk_matmul_output_mode": 0}}
 
 
-def write_graph(spec: StageSpec, module: nn.Module, example: Mapping[str, Tensor], target: Path) -> list[Path]:
+def write_graph(
+    spec: StageSpec,
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    target: Path,
+    *,
+    inline_bytes: int = EXTERNAL_DATA_BYTES,
+) -> list[Path]:
     """Export one stage.
 
     The same module gives the same bytes: names and stack traces of the exporting process are stripped.
@@ -45,7 +52,8 @@ def write_graph(spec: StageSpec, module: nn.Module, example: Mapping[str, Tensor
         spec: names and axes of the stage.
         module: the stage in the precision that the graph is to have.
         example: inputs to trace with.
-        target: the .onnx file; weights beyond EXTERNAL_DATA_BYTES go to a .data file beside it.
+        target: the .onnx file.
+        inline_bytes: weights of more bytes in all go to a .data file beside it.
 
     Returns:
         The files written, the graph first.
@@ -79,7 +87,7 @@ def write_graph(spec: StageSpec, module: nn.Module, example: Mapping[str, Tensor
     model: Any = program.model
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        data = _externalise(model, target)
+        data = _externalise(model, target, inline_bytes)
         proto = ir.to_proto(model)
         del program, model
         _strip(proto)
@@ -99,12 +107,12 @@ def _widen(tensor: Tensor, dims: Mapping[int, str]) -> Tensor:
     return tensor
 
 
-def _externalise(model: Any, target: Path) -> Path | None:
+def _externalise(model: Any, target: Path, inline_bytes: int) -> Path | None:
     """Write large weights to a file of their own, in the order of the graph, and leave references in the model."""
     data = target.with_suffix(".data")
     data.unlink(missing_ok=True)
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    if sum(v.const_value.nbytes for v in values) <= EXTERNAL_DATA_BYTES:
+    if sum(v.const_value.nbytes for v in values) <= inline_bytes:
         return None
     with data.open("wb") as file:
         for value in values:

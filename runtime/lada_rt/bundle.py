@@ -3,7 +3,8 @@
 Layout (design, "The public surface"):
 
     manifest.json       format version, geometry, sizes, one entry per stage, sha256 and size of every other file
-    graphs/*.onnx       one graph per stage, with external data beside it for large weights
+    graphs/*.onnx       one graph per stage, with external data beside it for large weights; where it pays, a second
+                        one, <stage>.cpu.onnx, in operators that only ONNX Runtime on CPUs has, over the same weights
     tokenizer.json      text tokenizer
     constants.npz       small arrays the runtime itself needs (latent mean and deviation)
     engines/<key>/      compiled engines, rebuilt when stale; not part of the bundle's hash
@@ -82,10 +83,12 @@ class StageEntry:
     proof: Mapping[str, Any] = field(default_factory=dict)
     #: names everything the graph was made from; the same key means that building it again would change nothing
     build_key: str = ""
+    #: the same network for ONNX Runtime on CPUs, its weights in `external_data`; None where it would not be faster
+    cpu_graph: FileEntry | None = None
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        return (self.graph, *self.external_data)
+        return (self.graph, *self.external_data, *((self.cpu_graph,) if self.cpu_graph else ()))
 
     @property
     def bytes(self) -> int:
@@ -111,6 +114,7 @@ class StageEntry:
             "outputs": [t.to_json() for t in self.outputs],
             "proof": dict(self.proof),
             "build_key": self.build_key,
+            **({"cpu_graph": self.cpu_graph.to_json()} if self.cpu_graph else {}),
         }
 
 
@@ -312,6 +316,7 @@ def parse_stage(name: str, data: Any) -> StageEntry:
         outputs=tuple(_parse_tensor(t) for t in data["outputs"]),
         proof=_mapping(data["proof"]),
         build_key=_text(data.get("build_key", "")),
+        cpu_graph=_parse_file(data["cpu_graph"]) if "cpu_graph" in data else None,
     )
 
 

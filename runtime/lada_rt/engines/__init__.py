@@ -116,7 +116,8 @@ def _onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None)
     # seven sessions that each reorder their weights would hold a full-size bundle twice
     n_bytes = sum(stage.bytes for stage in bundle.stages.values())
     low_memory = device == "cpu" and n_bytes > _MAPPED_BYTES
-    return OnnxEngine(bundle.file_path(entry.graph), device=device, n_threads=n_threads, low_memory=low_memory)
+    graph = entry.cpu_graph if entry.cpu_graph is not None and device == "cpu" else entry.graph
+    return OnnxEngine(bundle.file_path(graph), device=device, n_threads=n_threads, low_memory=low_memory)
 
 
 def _tensorrt_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:

@@ -11,10 +11,10 @@ from golden_io import assert_close, flow_stage_of, read_sidecar, read_tensors, w
 from lada_rt.decode import (
     Crossfade,
     LatentStats,
+    SeededNoise,
     decode_latents,
     render_window,
     rendered_samples,
-    seeded_noise,
     solve_flow,
     window_codes,
 )
@@ -239,7 +239,7 @@ def test_guidance_one_needs_half_the_work() -> None:
 
 
 def test_seeded_noise_is_normal_and_differs_between_windows() -> None:
-    noise = seeded_noise(13, CodecGeometry())
+    noise = SeededNoise(13, CodecGeometry())
     first, again, second = noise(0), noise(0), noise(1)
     assert first.shape == (32, 512, 32)
     np.testing.assert_array_equal(first, again)

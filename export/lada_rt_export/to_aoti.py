@@ -77,7 +77,7 @@ def build_engine(spec: StageSpec, folder: Path, *, precision: str, device: str) 
         ]
         engines = {part.name: load_package(folder, entry, where) for part, entry in zip(parts, entries, strict=True)}
         answers = reference(spec, available_memory() // 2)
-        proof = prove(spec, answers, _whole(spec, engines, where), f"AOTInductor package on {key}")
+        proof = prove(spec, answers, _whole(spec, engines), f"AOTInductor package on {key}")
     except BaseException:
         for path in paths.values():
             path.unlink(missing_ok=True)
@@ -93,11 +93,11 @@ def build_engine(spec: StageSpec, folder: Path, *, precision: str, device: str) 
     }
 
 
-def _whole(spec: StageSpec, engines: Mapping[str, TorchEngine], device: torch.device) -> Engine:
+def _whole(spec: StageSpec, engines: Mapping[str, TorchEngine]) -> Engine:
     """The stage behind one engine, whatever its parts."""
     if spec.name in engines:
         return engines[spec.name]
-    return WholeFlow(engines["flow_prepare"], engines["flow_step"], device)
+    return WholeFlow(engines["flow_prepare"], engines["flow_step"])
 
 
 def _examples(spec: StageSpec, parts: list[StagePart], case: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

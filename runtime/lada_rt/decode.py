@@ -2,7 +2,7 @@
 
 Source: spec/mucodec 3.4 (solver), 5 (windows), 6 (mel), 7 (vocoder). A window depends on the one before it only
 through the last `context_latents` frames of its latents, so rendering window i (mel and vocoder) can run beside the
-flow of window i+1.
+flow of window i+1. Engines on a GPU bring these loops along (torch_loop/decode.py): latents then stay on the device.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from lada_rt.engines.base import Engine
+from lada_rt.engines.base import Engine, loop_of
+from lada_rt.euler import EulerTable
 from lada_rt.geometry import CodecGeometry
 from lada_rt.noise import flow_noise
 
 __all__ = [
     "Crossfade",
     "LatentStats",
+    "SeededNoise",
     "decode_latents",
     "render_window",
     "render_windows",
     "rendered_samples",
-    "seeded_noise",
     "solve_flow",
     "window_codes",
 ]
 
-SIGMA_MIN = np.float32(1e-4)
 #: mel frames on either side that influence a waveform sample (spec/mucodec 7)
 VOCODER_HALO_FRAMES = 23
 #: mel frames vocoded at once. The halo makes the result that of one pass; the block bounds the memory.
@@ -88,10 +89,9 @@ def solve_flow(
     context_rows = np.repeat(padded[None], batch, axis=0)  # [B, 32, L, 32]
     codes_rows = np.repeat(codes[None], batch, axis=0)  # [B, 2 L]
     x = noise.copy()
-    times = np.linspace(0.0, 1.0, n_steps + 1, dtype=np.float32)
-    t, dt = times[0], times[1] - times[0]
-    for step in range(n_steps):
-        x[:, :n_context] = (1 - (1 - SIGMA_MIN) * t) * noise[:, :n_context] + t * context
+    table = EulerTable.of(n_steps)
+    for step, (t, dt, fade) in enumerate(zip(table.t, table.dt, table.fade, strict=True)):
+        x[:, :n_context] = fade * noise[:, :n_context] + t * context
         velocity = engine.run(
             x=np.repeat(x[None], batch, axis=0),
             context=context_rows,
@@ -101,10 +101,6 @@ def solve_flow(
         )["velocity"]  # [B, 32, L, 32]
         guided = velocity[0] if batch == 1 else velocity[0] + np.float32(guidance) * (velocity[1] - velocity[0])
         x += dt * guided
-        # The released solver accumulates t and takes dt from the accumulated value.
-        t = t + dt
-        if step + 2 <= n_steps:
-            dt = times[step + 2] - t
         on_step(step + 1)
     x[:, :n_context] = context
     return x
@@ -120,10 +116,12 @@ def decode_latents(
     guidance: float,
     noise: Callable[[int], np.ndarray],
     windows: range | None = None,
-    before: np.ndarray | None = None,
+    before: ArrayLike | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[np.ndarray]:
+) -> Iterator[ArrayLike]:
     """Yield the latents of each decoder window in turn, [32, window_latents, 32] float32.
+
+    They are arrays, or, from an engine on a GPU, whatever stands for one there and `numpy.asarray` fetches.
 
     Args:
         engine: the `flow` stage.
@@ -138,10 +136,24 @@ def decode_latents(
         on_step: called with (flow steps done, flow steps in all), first with 0.
     """
     windows = range(geometry.n_windows(len(codes))) if windows is None else windows
+    loop = loop_of(engine)
+    if loop is not None:
+        yield from loop(
+            codes,
+            stats,
+            geometry,
+            n_steps=n_steps,
+            guidance=guidance,
+            noise=noise,
+            windows=windows,
+            before=before,
+            on_step=on_step,
+        )
+        return
     total = len(windows) * n_steps
     context = np.zeros((geometry.latent_channels, 0, geometry.latent_bins), np.float32)
     if before is not None:
-        context = stats.normalise(before[:, -geometry.context_latents :])
+        context = stats.normalise(np.asarray(before)[:, -geometry.context_latents :])
     on_step(0, total)
     for index in windows:
 
@@ -163,10 +175,22 @@ def decode_latents(
         context = stats.normalise(latents[:, -geometry.context_latents :])
 
 
-def seeded_noise(seed: int, geometry: CodecGeometry) -> Callable[[int], np.ndarray]:
-    """Window index to initial flow noise, from the seed alone."""
-    shape = (geometry.latent_channels, geometry.window_latents, geometry.latent_bins)
-    return lambda window: flow_noise(seed, window, shape)
+@dataclass(frozen=True, slots=True)
+class SeededNoise:
+    """Window index to initial flow noise [32, window_latents, 32] float32, from the seed alone.
+
+    A loop on a device reads the seed off and draws there: the same bits.
+    """
+
+    seed: int
+    geometry: CodecGeometry
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.geometry.latent_channels, self.geometry.window_latents, self.geometry.latent_bins
+
+    def __call__(self, window: int) -> np.ndarray:
+        return flow_noise(self.seed, window, self.shape)
 
 
 def rendered_samples(index: int, n_samples: int, geometry: CodecGeometry) -> int:
@@ -176,7 +200,7 @@ def rendered_samples(index: int, n_samples: int, geometry: CodecGeometry) -> int
 
 def render_window(
     engines: Mapping[str, Engine],
-    latents: np.ndarray,
+    latents: ArrayLike,
     n_samples: int,
     geometry: CodecGeometry,
     *,
@@ -194,10 +218,13 @@ def render_window(
     Returns:
         [2, n_samples] float32 in (-1, 1).
     """
+    loop = loop_of(engines["mel_decoder"])
+    if loop is not None:
+        return loop(latents, n_samples)
     per_frame = geometry.samples_per_mel_frame
     n_frames = math.ceil(n_samples / per_frame)
     audio = np.empty((2, n_frames * per_frame), np.float32)
-    for channel, half in enumerate(np.split(latents, 2)):
+    for channel, half in enumerate(np.split(np.asarray(latents), 2)):
         # One audio channel at a time: the mel decoder's largest maps would otherwise double (8 GiB at full size). It is
         # not blocked in time, as its GroupNorms and its attention span the window: blocks would change the result.
         mel = engines["mel_decoder"].run(latents=half[None])["mel"]  # [1, 256, 8 L]
@@ -213,7 +240,7 @@ def render_window(
 
 def render_windows(
     engines: Mapping[str, Engine],
-    latents: Iterable[np.ndarray],
+    latents: Iterable[ArrayLike],
     geometry: CodecGeometry,
     *,
     windows: range,

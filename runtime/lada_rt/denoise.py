@@ -1,18 +1,20 @@
 """The masked-diffusion loop: from an all-masked accompaniment to codes.
 
 Source: LaDA-Band, arXiv 2604.11052; spec/lada_band d.3. How many positions stay masked after each step is known
-before the loop, so each step evaluates and samples only the rows that are still masked.
+before the loop, so each step evaluates and samples only the rows that are still masked. An engine on a GPU brings this
+loop along (torch_loop/denoise.py), with the same codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lada_rt import _C
-from lada_rt.engines.base import Engine
+from lada_rt.engines.base import Engine, loop_of
 from lada_rt.errors import EngineError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.schedule import mask_counts, selection_temperatures
@@ -38,10 +40,10 @@ class FirstStep:
     """Logits of the first step, which see only masks and so are the same whatever the seed: filled once, then reused.
 
     Attributes:
-        logits: [T, V], held while variations of one vocal are made.
+        logits: [T, V], held while variations of one vocal are made; where the denoiser's loop runs.
     """
 
-    logits: np.ndarray | None = None
+    logits: Any = None
 
 
 def denoise(
@@ -79,6 +81,19 @@ def denoise(
     Raises:
         EngineError: the backend failed or returned logits that are not numbers.
     """
+    loop = loop_of(engine)
+    if loop is not None:
+        return loop(
+            vocal_codes,
+            prefix,
+            params,
+            mask_id,
+            known=known,
+            span=span,
+            first_step=first_step,
+            on_step=on_step,
+            recorded=recorded,
+        )
     start, stop = span or (0, len(vocal_codes))
     codes = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known.copy()
     rows = start + np.flatnonzero(codes[start:stop] == mask_id)  # positions still masked, ascending

@@ -21,9 +21,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lada_rt.audio import AudioInput, load_audio
-from lada_rt.decode import decode_latents, render_windows, seeded_noise
+from lada_rt.decode import SeededNoise, decode_latents, render_windows
 from lada_rt.engines.base import Engine
 from lada_rt.errors import ParamError
 from lada_rt.geometry import CodecGeometry
@@ -62,9 +63,9 @@ def redo(
     report = Reporter(on_progress, Cancel())
     engines = report.timed_engines(loaded.engines)
     codes = known
-    kept: list[np.ndarray] = []
+    kept: list[ArrayLike] = []
 
-    def latents() -> Iterator[np.ndarray]:
+    def latents() -> Iterator[ArrayLike]:
         nonlocal codes
         with report.timed("denoise"):
             codes = denoise_spans(
@@ -85,7 +86,7 @@ def redo(
             geometry,
             n_steps=params.flow_steps,
             guidance=params.guidance,
-            noise=seeded_noise(origin.flow_seed, geometry),
+            noise=SeededNoise(origin.flow_seed, geometry),
             windows=windows,
             before=None if windows.start == 0 else _latents_of(windows.start - 1, origin.layers),
             on_step=report.steps_of("flow"),
@@ -206,7 +207,7 @@ def _latents_of(index: int, layers: tuple[Layer, ...]) -> np.ndarray:
 def _lay_over(
     audio: np.ndarray,
     engines: Mapping[str, Engine],
-    latents: Iterable[np.ndarray],
+    latents: Iterable[ArrayLike],
     windows: range,
     start_sample: int,
     stop_sample: int,

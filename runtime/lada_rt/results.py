@@ -64,7 +64,8 @@ class Timings:
         queue_s: waiting for a free slot of the pipeline before the work started; not in total_s.
         audio_s: duration of the audio made.
         rtf: total_s / audio_s (LaDA-Band, appendix B.3); lower is better.
-        engines_s: busy seconds of each engine; flow overlaps with mel decoder and vocoder.
+        engines_s: busy seconds of each engine; flow overlaps with mel decoder and vocoder. Engines on a GPU run their
+            loops whole: `denoiser` then includes sampling, and `mel_decoder` the vocoder.
     """
 
     encode_s: float

@@ -17,11 +17,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lada_rt.audio import LoadedAudio, load_audio
 from lada_rt.bundle import Bundle
 from lada_rt.condition import assemble_prefix, encode_reference, encode_text
-from lada_rt.decode import LatentStats, decode_latents, render_windows, seeded_noise
+from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.denoise import FirstStep
 from lada_rt.encode import encode
 from lada_rt.engines.base import Engine
@@ -95,7 +96,7 @@ class Run:
         self._report = Reporter(on_progress, Cancel())
         self._engines = self._report.timed_engines(loaded.engines)
         self._share_first_step = share_first_step
-        self._layer: list[np.ndarray] | None = [] if keep_latents else None
+        self._layer: list[ArrayLike] | None = [] if keep_latents else None
         self.prepared = prepared
         self.vocal: LoadedAudio | None = None if prepared is None else prepared.vocal
         self.warnings: tuple[str, ...] = ()
@@ -128,7 +129,7 @@ class Run:
                 sent += samples.shape[1]
             self.timings = report.timings(sent / geometry.sample_rate_hz)
 
-    def _latents(self) -> Iterator[np.ndarray]:
+    def _latents(self) -> Iterator[ArrayLike]:
         """From the inputs to the latents of each window, in order."""
         loaded, params, report = self._loaded, self._params, self._report
         geometry = loaded.bundle.geometry
@@ -154,7 +155,7 @@ class Run:
             geometry,
             n_steps=params.flow_steps,
             guidance=params.guidance,
-            noise=seeded_noise(params.seed, geometry),
+            noise=SeededNoise(params.seed, geometry),
             on_step=report.steps_of("flow"),
         )
         for index, latents in enumerate(windows):

@@ -29,7 +29,7 @@ import numpy as np
 from lada_rt import GenerationParams, Pipeline
 from lada_rt.bench.quality import chroma, chroma_similarity, onset_f1, onsets
 from lada_rt.bundle import Bundle, demo_bundle_path
-from lada_rt.decode import LatentStats, decode_latents, render_windows, seeded_noise
+from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.encode import encode
 from lada_rt.engines import load_engines
 from lada_rt.errors import LadaError
@@ -176,7 +176,7 @@ class Evaluator:
     def reconstruct(self, audio: Floats, flow_steps: int) -> Floats:
         """[2, N] through the codec and back, of the same length."""
         codes = encode(self.engines["encoder"], audio, self.geometry)
-        noise = seeded_noise(0, self.geometry)
+        noise = SeededNoise(0, self.geometry)
         latents = decode_latents(
             self.engines["flow"], codes, self.stats, self.geometry, n_steps=flow_steps, guidance=1.5, noise=noise
         )

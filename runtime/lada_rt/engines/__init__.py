@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-
 from lada_rt.bundle import Bundle
 from lada_rt.engines.base import Engine
 from lada_rt.engines.cache import EngineEntry, find_engine, list_engines, misfit, rebuild_command, this_machine
@@ -35,8 +33,8 @@ def load_engines(
     logged. `auto` takes a compiled backend whose engines fit, and logs why one that is there does not.
 
     Returns:
-        (engine for each stage, backend used, device used). The torch backend adds the parts it runs on its own,
-        `flow_prepare` and `flow_step`.
+        (engine for each stage, backend used, device used). Stages of a compiled backend run their loops on the device
+        (`base.loop_of`).
 
     Raises:
         ParamError: unknown backend or device.
@@ -61,6 +59,10 @@ def load_engines(
             f"backend {backend}: {bundle.path} has no engine for it; build them with: "
             f"{rebuild_command(bundle.path, backend=backend)}"
         )
+    if backend == "torch":
+        from lada_rt.engines.torch import device_key
+
+        device_key(device)  # is there such a device at all?
     machine = this_machine(backend, device)
     for name in bundle.stages:
         if name in built:
@@ -70,7 +72,7 @@ def load_engines(
         _LOG.warning("no %s engine for %s: they run on onnxruntime", backend, ", ".join(others))
         other_device = _onnx_device("auto")
         engines |= {name: _onnx_engine(bundle, name, other_device, n_threads) for name in others}
-    return engines, backend, device
+    return _with_loops(engines, bundle), backend, device
 
 
 def _choose(bundle: Bundle, device: str) -> str:
@@ -133,32 +135,19 @@ def _torch_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
     from lada_rt.engines.torch import import_torch, load_package
 
     where = import_torch().device(device)
-    engines: dict[str, Engine] = {
-        part["name"]: load_package(entry.folder, part, where) for part in entry.description["parts"]
-    }
-    if "flow_step" in engines:
-        engines["flow"] = _JoinedFlow(engines["flow_prepare"], engines["flow_step"])
-    return engines
+    return {part["name"]: load_package(entry.folder, part, where) for part in entry.description["parts"]}
 
 
-class _JoinedFlow:
-    """The two parts of the torch backend's flow as one stage, for callers on the host. All rows have one time."""
+def _with_loops(engines: dict[str, Engine], bundle: Bundle) -> dict[str, Engine]:
+    """Give the stages that run on a device the loops around them."""
+    from lada_rt.engines.torch import import_torch, missing
 
-    def __init__(self, prepare: Engine, step: Engine) -> None:
-        self._prepare, self._step = prepare, step
-
-    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        t = inputs["t"]
-        if not (t == t[0]).all():
-            raise EngineError("flow: the torch backend expects one time for all rows, got several; use onnxruntime")
-        window = {name: inputs[name] for name in ("context", "codes", "conditional")}
-        tables = self._prepare.run(**window, times=t[:1])
-        return self._step.run(
-            x=inputs["x"],
-            condition=tables["condition"],
-            modulation=tables["modulation"][0],
-            closing=tables["closing"][0],
-        )
+    import_torch()
+    try:
+        from lada_rt.torch_loop.path import engines_on_device
+    except ModuleNotFoundError as error:
+        raise missing(str(error.name)) from None
+    return engines_on_device(engines, bundle.geometry)
 
 
 #: backend -> loads one engine's files as engines by name

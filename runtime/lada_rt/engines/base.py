@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "loop_of"]
 
 
 class Engine(Protocol):
@@ -25,3 +26,13 @@ class Engine(Protocol):
             EngineError: the backend failed, or an input does not fit.
         """
         ...
+
+
+def loop_of(engine: Engine) -> Callable[..., Any] | None:
+    """The loop around a stage where the engine runs it itself, on its own device; None where `run` is all it has.
+
+    Such an engine has an attribute `loop`, which takes what follows the engine in the arguments of `denoise.denoise`
+    (denoiser), `decode.decode_latents` (flow) or `decode.render_window` (mel decoder, the vocoder included), and gives
+    what they give. Those functions hand over to it, so that each of their callers runs on the device without knowing.
+    """
+    return getattr(engine, "loop", None)

@@ -1,8 +1,7 @@
-"""Engines on PyTorch: AOTInductor packages, and the whole main path on the device.
+"""Engines on PyTorch: AOTInductor packages, as lada_rt_export.to_aoti wrote them. torch is imported on first use.
 
-`load_package` loads what lada_rt_export.to_aoti wrote. `torch_loop.path.engines_on_device` then gives the denoiser and
-the flow their loops, so that between the vocal's codes and the waveform only the codes of the song cross to the host.
-torch is imported on first use.
+`engines.load_engines` gives them their loops (torch_loop/path.py), so that between the vocal's codes and the waveform
+only the codes of the song cross to the host.
 """
 
 from __future__ import annotations
@@ -35,10 +34,13 @@ def import_torch() -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise EngineError(
-            'backend torch: the package is missing; install it with: pip install "lada-rt[gpu]"'
-        ) from None
+        raise missing("torch") from None
     return torch
+
+
+def missing(package: str) -> EngineError:
+    """What to say where a package of the GPU path is not installed."""
+    return EngineError(f'backend torch: the package {package} is missing; install it with: pip install "lada-rt[gpu]"')
 
 
 def device_key(device: str) -> str:
@@ -68,18 +70,21 @@ class TorchEngine:
         output_names: Sequence[str],
         device: torch.device,
         *,
+        name: str = "stage",
         n_bytes: int = 0,
     ) -> None:
         """Args:
         function: takes the inputs by name as tensors on `device`; returns one tensor or a tuple of them.
         output_names: one name for each result.
         device: where it computes.
+        name: of the stage or part, for messages and profiles.
         n_bytes: device memory of its weights.
         """
         self._torch = import_torch()
         self._function = function
         self._output_names = tuple(output_names)
         self.device = device
+        self.name = name
         self.n_bytes = n_bytes
         # A package is loaded without its own locks, which cannot be captured in a graph.
         self._lock = threading.Lock()
@@ -88,27 +93,30 @@ class TorchEngine:
         """Evaluate on device tensors; nothing waits for the result.
 
         Raises:
-            EngineError: torch failed, or the inputs do not fit.
+            EngineError: torch failed or is out of memory, or the inputs do not fit.
         """
+        from lada_rt.torch_loop.device import engine_errors, one_line
+
         try:
             # no_grad, not inference_mode: the loops update results in place
-            with self._lock, self._torch.no_grad():
+            with engine_errors(self.name), self._lock, self._torch.no_grad():
                 result = self._function(**inputs)
         except LadaError:
             raise
         except Exception as error:
             raise EngineError(
-                f"backend torch: the run failed ({' '.join(str(error).split())[:300]}); report it with: lada-rt doctor"
+                f"backend torch: {self.name}: the run failed ({one_line(error)}); report it with: lada-rt doctor"
             ) from error
         outputs = result if isinstance(result, tuple | list) else (result,)
         return dict(zip(self._output_names, outputs, strict=True))
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Evaluate on arrays; waits for the result."""
-        from lada_rt.torch_loop.device import to_device, to_host
+        from lada_rt.torch_loop.device import engine_errors, marked, to_device, to_host
 
-        found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
-        return {name: to_host(tensor) for name, tensor in found.items()}
+        with engine_errors(self.name), marked(self.name, self.device):
+            found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
+            return {name: to_host(tensor) for name, tensor in found.items()}
 
 
 def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) -> TorchEngine:
@@ -142,9 +150,14 @@ def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) ->
     index = -1 if device.type != "cuda" or device.index is None else device.index
     try:
         compiled = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"{path}: no device memory for its weights ({' '.join(str(error).split())[:200]}); close other programs on "
+            "the device. See what a song needs with: lada-rt inspect --device cuda"
+        ) from None
     except Exception as error:
         raise EngineError(
             f"{path}: torch {torch.__version__} cannot load it ({' '.join(str(error).split())[:200]}); rebuild it "
             "with: lada-rt build-engine --backend torch"
         ) from None
-    return TorchEngine(compiled, part["outputs"], device, n_bytes=int(part["bytes"]))
+    return TorchEngine(compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]))

@@ -1,5 +1,5 @@
-"""The main path on a GPU: the functions of denoise.py and decode.py with their arrays as torch tensors on the device.
+"""The main path on a GPU: the loops of denoise.py and decode.py with their arrays as torch tensors on the device.
 
-Importing this package needs torch; the rest of the runtime does not import it. engines/torch.py does, when that
-backend is asked for, and any other backend may whose engines take device tensors (`DeviceEngine`).
+Importing this package needs torch and triton; the rest of the runtime does not import it. engines/__init__.py does,
+when a backend is asked for whose engines take device tensors (`DeviceEngine`).
 """

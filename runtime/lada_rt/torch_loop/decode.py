@@ -13,29 +13,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lada_rt.decode import VOCODER_HALO_FRAMES, LatentStats, SeededNoise, window_codes
 from lada_rt.geometry import CodecGeometry
-from lada_rt.torch_loop.device import DeviceEngine, marked, to_device, to_host
+from lada_rt.torch_loop.device import DeviceEngine, engine_errors, marked, to_device, to_host
 from lada_rt.torch_loop.flow import FlowSolver
+from lada_rt.torch_loop.noise import flow_noise
 
-__all__ = ["DeviceStats", "Renderer", "WindowLatents", "decode_latents", "decode_songs", "window_codes"]
-
-#: mel frames on either side that influence a waveform sample (spec/mucodec 7)
-VOCODER_HALO_FRAMES = 23
+__all__ = ["DecodeLoop", "DeviceStats", "Renderer", "WindowLatents", "decode_songs"]
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """Mean and deviation of the latents on the device, [channels, 1, bins] float32 (spec/mucodec 3.3)."""
+    """`LatentStats` on the device, [channels, 1, bins] float32 (spec/mucodec 3.3)."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, mean: np.ndarray, std: np.ndarray, device: torch.device) -> DeviceStats:
-        """Args: mean, std: [channels, bins] float32, as a bundle's constants hold them."""
-        return cls(to_device(mean[:, None, :], device), to_device(std[:, None, :], device))
+    def of(cls, stats: LatentStats, device: torch.device) -> DeviceStats:
+        return cls(to_device(stats.mean[:, None, :], device), to_device(stats.std[:, None, :], device))
 
     def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self.mean) / self.std.clamp(min=1e-12)
@@ -50,21 +49,15 @@ class WindowLatents:
 
     latents: Tensor
     ready: Any
-    renderer: Renderer | None = None
 
     @classmethod
-    def queued(cls, latents: Tensor, renderer: Renderer | None = None) -> WindowLatents:
+    def queued(cls, latents: Tensor) -> WindowLatents:
         """Latents that the current stream will have made."""
         ready = None
         if latents.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(latents.device))
-        return cls(latents, ready, renderer)
-
-    def render(self, n_samples: int) -> np.ndarray:
-        """The window's first `n_samples` of audio, [2, n_samples] float32, by the renderer it came with."""
-        assert self.renderer is not None
-        return self.renderer.render(self, n_samples)
+        return cls(latents, ready)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """A copy in host memory, so that numpy takes them where it takes arrays."""
@@ -74,44 +67,38 @@ class WindowLatents:
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def window_codes(codes: Tensor, index: int, geometry: CodecGeometry) -> Tensor:
-    """Codes of decoder window `index`, [window_codes] int64: the song repeats without end (spec/mucodec 5.2-5.4)."""
-    positions = torch.arange(geometry.window_codes, device=codes.device) + index * geometry.hop_codes
-    return codes[positions % codes.shape[0]]
-
-
 def decode_songs(
     solver: FlowSolver,
-    songs: Sequence[Tensor],
+    songs: Sequence[np.ndarray],
     stats: DeviceStats,
     geometry: CodecGeometry,
+    device: torch.device,
     *,
     n_steps: int,
     guidance: float,
     noise: Callable[[int, int], Tensor],
     windows: range | None = None,
     before: Tensor | None = None,
-    renderer: Renderer | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, dict[int, WindowLatents]]]:
     """Decode several songs together: window i of all songs that have one is a single batch.
 
     Args:
         solver: of the flow.
-        songs: codes [T] int64 of each song, on the device; lengths may differ.
+        songs: codes [T] int64 of each song; lengths may differ.
         stats: of the latents.
         geometry: rates and window sizes.
+        device: of the solver.
         n_steps, guidance: see `FlowSolver.solve`.
         noise: (song index, window index) to initial noise [32, window_latents, 32] float32 on the device.
         windows: the windows to decode, consecutive; None is all.
         before: [S, 32, window_latents, 32] latents of the window before the first of them, which continues it.
-        renderer: for the latents' `render`.
         on_step: called with (flow steps queued, flow steps in all), first with 0.
 
     Yields:
         (window index, {song index: its latents}), songs in ascending order.
     """
-    n_windows = [geometry.n_windows(codes.shape[0]) for codes in songs]
+    n_windows = [geometry.n_windows(len(codes)) for codes in songs]
     windows = range(max(n_windows)) if windows is None else windows
     total = len(windows) * n_steps
     contexts: dict[int, Tensor] = {}
@@ -126,7 +113,7 @@ def decode_songs(
             on_step(base + done, total)
 
         solved = solver.solve(
-            torch.stack([window_codes(songs[song], index, geometry) for song in active]),
+            to_device(np.stack([window_codes(songs[song], index, geometry) for song in active]), device),
             starts,
             torch.stack([contexts[song] for song in active]) if contexts else starts[:, :, :0],
             n_steps=n_steps,
@@ -137,46 +124,63 @@ def decode_songs(
         ends = stats.normalise(latents[:, :, -geometry.context_latents :])
         contexts = dict(zip(active, ends.unbind(), strict=True))
         rows = zip(active, latents.unbind(), strict=True)
-        yield index, {song: WindowLatents.queued(row, renderer) for song, row in rows}
+        yield index, {song: WindowLatents.queued(row) for song, row in rows}
 
 
-def decode_latents(
-    solver: FlowSolver,
-    codes: Tensor,
-    stats: DeviceStats,
-    geometry: CodecGeometry,
-    *,
-    n_steps: int,
-    guidance: float,
-    noise: Callable[[int], Tensor],
-    windows: range | None = None,
-    before: Tensor | None = None,
-    renderer: Renderer | None = None,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[WindowLatents]:
-    """Yield the latents of each decoder window of one song in turn.
+class DecodeLoop:
+    """`lada_rt.decode.decode_latents` around the engines of one flow."""
 
-    Args: as for `decode_songs`, codes [T], noise a function of the window alone, before [32, window_latents, 32].
-    """
-    songs = decode_songs(
-        solver,
-        [codes],
-        stats,
-        geometry,
-        n_steps=n_steps,
-        guidance=guidance,
-        noise=lambda song, window: noise(window),
-        windows=windows,
-        before=None if before is None else before[None],
-        renderer=renderer,
-        on_step=on_step,
-    )
-    for _, latents in songs:
-        yield latents[0]
+    def __init__(self, engines: Mapping[str, DeviceEngine], device: torch.device, *, capture: bool = True) -> None:
+        """Args: engines: see `FlowSolver`; device: theirs; capture: use CUDA graphs."""
+        self._solver = FlowSolver(engines, device, capture=capture)
+        self._device = device
+
+    def decode_latents(
+        self,
+        codes: np.ndarray,
+        stats: LatentStats,
+        geometry: CodecGeometry,
+        *,
+        n_steps: int,
+        guidance: float,
+        noise: Callable[[int], ArrayLike],
+        windows: range | None = None,
+        before: ArrayLike | None = None,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[WindowLatents]:
+        """Latents of each window in turn; arguments as for `lada_rt.decode.decode_latents`.
+
+        `SeededNoise` is drawn on the device, other noise is copied there. `on_step` counts steps queued.
+
+        Raises:
+            EngineError: the backend failed or ran out of memory.
+        """
+
+        def start(song: int, window: int) -> Tensor:
+            if isinstance(noise, SeededNoise):
+                return flow_noise(noise.seed, window, noise.shape, self._device)
+            return to_device(np.asarray(noise(window)), self._device)
+
+        with engine_errors("flow"):
+            found = decode_songs(
+                self._solver,
+                [codes],
+                DeviceStats.of(stats, self._device),
+                geometry,
+                self._device,
+                n_steps=n_steps,
+                guidance=guidance,
+                noise=start,
+                windows=windows,
+                before=None if before is None else to_device(np.asarray(before)[None], self._device),
+                on_step=on_step,
+            )
+            for _, latents in found:
+                yield latents[0]
 
 
 class Renderer:
-    """Latents of a window to audio, on a stream of its own."""
+    """`lada_rt.decode.render_window` around mel decoder and vocoder, on a stream of its own."""
 
     def __init__(self, engines: Mapping[str, DeviceEngine], geometry: CodecGeometry, device: torch.device) -> None:
         """Args: engines: holds the `mel_decoder` and `vocoder` stages."""
@@ -187,22 +191,34 @@ class Renderer:
         # Higher priority than the flow beside it: the chunk in hand goes out first.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def render(self, window: WindowLatents, n_samples: int) -> np.ndarray:
+    def render(self, latents: ArrayLike, n_samples: int) -> np.ndarray:
         """Latents of one window to its first `n_samples` of audio; waits for them.
 
         Args:
-            window: the first half of the channels is left, the second right (spec/mucodec 6).
+            latents: from `DecodeLoop`, or an array; the first half of the channels is left, the second right
+                (spec/mucodec 6).
             n_samples: 1..window_samples.
 
         Returns:
             [2, n_samples] float32 in (-1, 1).
+
+        Raises:
+            EngineError: the backend failed or ran out of memory.
         """
-        if self._stream is None:
-            return to_host(self._audio(window.latents, n_samples))
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(window.ready)
-            window.latents.record_stream(self._stream)
-            return to_host(self._audio(window.latents, n_samples))
+        with engine_errors("mel_decoder"):
+            if self._stream is None:
+                return to_host(self._audio(self._here(latents), n_samples))
+            with torch.cuda.stream(self._stream):
+                return to_host(self._audio(self._here(latents), n_samples))
+
+    def _here(self, latents: ArrayLike) -> Tensor:
+        """[32, L, 32] float32 on the device, for the current stream."""
+        if not isinstance(latents, WindowLatents):
+            return to_device(np.asarray(latents, np.float32), self._device)
+        if self._stream is not None:
+            self._stream.wait_event(latents.ready)
+            latents.latents.record_stream(self._stream)
+        return latents.latents
 
     def _audio(self, latents: Tensor, n_samples: int) -> Tensor:
         n_frames = math.ceil(n_samples / self._geometry.samples_per_mel_frame)

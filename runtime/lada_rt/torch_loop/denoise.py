@@ -9,33 +9,37 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from lada_rt_kernels import remask, sample
 from torch import Tensor
 
-from lada_rt.errors import EngineError
+from lada_rt.errors import EngineError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.schedule import mask_counts, selection_temperatures
-from lada_rt.torch_loop.device import DeviceEngine, GraphPool, Pace, Replay, Turn, marked, to_device, to_host
+from lada_rt.torch_loop.buckets import row_bucket
+from lada_rt.torch_loop.device import (
+    DeviceEngine,
+    GraphPool,
+    Pace,
+    Replay,
+    Turn,
+    engine_errors,
+    marked,
+    to_device,
+    to_host,
+)
 
 if TYPE_CHECKING:
     from lada_rt.denoise import FirstStep, RecordedNoise
 
-__all__ = ["N_BUCKETS", "DenoiseLoop", "row_bucket"]
+__all__ = ["DenoiseLoop"]
 
-#: Row counts are padded to multiples of a T / 8, so that 60 steps need 8 graphs; the padding costs 0.4 % of the work.
-N_BUCKETS = 8
 #: song lengths whose graphs are kept
 MAX_LENGTHS = 4
-
-
-def row_bucket(n_rows: int, n_frames: int) -> int:
-    """Rows that the denoiser evaluates when `n_rows` of `n_frames` are masked: a multiple of 8, n_rows or more."""
-    size = -(-n_frames // (N_BUCKETS * 8)) * 8
-    return -(-n_rows // size) * size
 
 
 class _Length:
@@ -99,19 +103,20 @@ class DenoiseLoop:
         `on_step` counts steps queued; the device is at most four behind. `first_step` keeps its logits on the device.
 
         Raises:
-            EngineError: the backend failed or returned logits that are not numbers.
-            ParamError: the latter on CPU, where the sampler itself looks.
+            EngineError: the backend failed, ran out of memory or returned logits that are not numbers.
         """
         start, stop = span or (0, len(vocal_codes))
         given = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known
         masked = start + np.flatnonzero(given[start:stop] == mask_id)
-        with self._turn, marked("denoise", self._device):
+        n_steps = 1 if params.strategy == "one_shot" else params.steps
+        waiting = partial(on_step, 0, n_steps)
+        with engine_errors("denoiser"), self._turn.taken(waiting), marked("denoise", self._device):
             song = self._length(stop - start, prefix.shape)
             song.vocal_codes[0].copy_(to_device(vocal_codes[start:stop], self._device))
             song.prefix[0].copy_(to_device(prefix, self._device))
             codes = to_device(given, self._device)  # [T]
             rows = to_device(masked, self._device)  # positions still masked, ascending
-            codes = self._steps(song, codes, rows, (start, stop), params, mask_id, first_step, on_step, recorded)
+            codes = self._steps(song, codes, rows, start, params, mask_id, first_step, on_step, recorded)
             drawn = to_host(codes)
         if (drawn[start:stop] < 0).any():
             raise EngineError(
@@ -125,7 +130,7 @@ class DenoiseLoop:
         song: _Length,
         codes: Tensor,
         rows: Tensor,
-        span: tuple[int, int],
+        start: int,
         params: GenerationParams,
         mask_id: int,
         first_step: FirstStep | None,
@@ -133,7 +138,7 @@ class DenoiseLoop:
         recorded: RecordedNoise | None,
     ) -> Tensor:
         """Queue every step; nothing here waits, but for the pace. Returns the codes, all -1 after bad logits."""
-        start, stop = span
+        stop = start + song.codes.shape[1]
         one_shot = params.strategy == "one_shot"
         n_steps = 1 if one_shot else params.steps
         counts = mask_counts(len(rows), n_steps, params.schedule)
@@ -149,18 +154,21 @@ class DenoiseLoop:
                 logits = self._logits(song, len(rows), first_step if step == 0 else None)  # [R, V]
             with marked("sample", self._device):
                 draw, scores = self._recorded(recorded, step, rows)
-                tokens, log_confidence = sample(
-                    logits,
-                    rows,
-                    seed=params.seed,
-                    step=step,
-                    top_k=params.top_k or 0,
-                    top_p=params.top_p,
-                    temperature=params.temperature,
-                    exp_noise=draw,
-                    impl=self._impl,
-                    check_values=False,
-                )  # [R], [R]
+                try:
+                    tokens, log_confidence = sample(
+                        logits,
+                        rows,
+                        seed=params.seed,
+                        step=step,
+                        top_k=params.top_k or 0,
+                        top_p=params.top_p,
+                        temperature=params.temperature,
+                        exp_noise=draw,
+                        impl=self._impl,
+                        check_values=False,
+                    )  # [R], [R]
+                except ParamError as error:  # bad logits, on CPU alone: a GPU would have to be waited for
+                    raise EngineError(f"denoiser, step {step + 1}: {error}") from None
                 # Bad rows hold -1. As an index that would bring the device down, so count it and go on.
                 n_bad += (tokens < 0).sum()
                 rows = remask(
@@ -185,10 +193,10 @@ class DenoiseLoop:
     def _logits(song: _Length, n_rows: int, first_step: FirstStep | None) -> Tensor:
         if first_step is None:
             return song.logits(n_rows)
-        held: Any = first_step  # its logits are a tensor here
-        if held.logits is None:
-            held.logits = song.logits(n_rows).clone()
-        return held.logits
+        if first_step.logits is None:
+            first_step.logits = song.logits(n_rows).clone()
+        logits: Tensor = first_step.logits
+        return logits
 
     def _length(self, n_frames: int, prefix_shape: tuple[int, ...]) -> _Length:
         key = (n_frames, *prefix_shape)

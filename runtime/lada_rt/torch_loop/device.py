@@ -12,7 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceEngine", "GraphPool", "Pace", "Replay", "Turn", "marked", "to_device", "to_host"]
+from lada_rt.errors import EngineError
+from lada_rt.stream import POLL_SECONDS
+
+__all__ = [
+    "DeviceEngine",
+    "GraphPool",
+    "Pace",
+    "Replay",
+    "Turn",
+    "capture",
+    "engine_errors",
+    "graph_being_captured",
+    "marked",
+    "one_line",
+    "to_device",
+    "to_host",
+]
 
 
 class DeviceEngine(Protocol):
@@ -22,9 +38,33 @@ class DeviceEngine(Protocol):
     after the first call with inputs of some shapes, another with the same shapes allocates through torch alone.
     """
 
+    #: where it computes
+    device: torch.device
+
     def run_device(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Evaluate the stage on contiguous device tensors of the manifest's dtypes."""
         ...
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Turn a device that is out of memory, or has failed, into an `EngineError`. Errors of a callback pass through."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"{what}: the device is out of memory ({one_line(error)}); close other programs on it, lower "
+            "max_concurrent, or generate a shorter segment. See what a song needs with: lada-rt inspect --device cuda"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise EngineError(
+            f"{what}: the device failed ({one_line(error)}); start the process anew, and check the driver with: "
+            "lada-rt doctor"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -69,16 +109,20 @@ class Turn:
         self._lock = threading.Lock()
         self._done: Any = None
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-
-    def __exit__(self, *error: object) -> None:
-        if self._device.type == "cuda":
-            self._done = torch.cuda.Event()
-            self._done.record(torch.cuda.current_stream(self._device))
-        self._lock.release()
+    @contextlib.contextmanager
+    def taken(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Hold the turn. `waiting` is called now and then until it comes, and may raise to give up."""
+        while not self._lock.acquire(timeout=POLL_SECONDS):
+            waiting()
+        try:
+            if self._done is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._done)
+            yield
+        finally:
+            if self._device.type == "cuda":
+                self._done = torch.cuda.Event()
+                self._done.record(torch.cuda.current_stream(self._device))
+            self._lock.release()
 
 
 class GraphPool:
@@ -93,6 +137,24 @@ class GraphPool:
             self.handle = torch.cuda.graph_pool_handle()
 
 
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def capture(holds: list[object]) -> Iterator[None]:
+    """What this thread launches meanwhile goes into a graph, which `holds` belongs to."""
+    _of_thread.holds = holds
+    try:
+        yield
+    finally:
+        _of_thread.holds = None
+
+
+def graph_being_captured() -> list[object] | None:
+    """What the graph holds that this thread is capturing: an engine adds what its replays need. None: no capture."""
+    return getattr(_of_thread, "holds", None)
+
+
 class Replay:
     """A function of fixed tensors. On CUDA it is captured once and replayed; elsewhere it is called.
 
@@ -104,6 +166,7 @@ class Replay:
         self._function = function
         self._graph: Any = None
         self._result: Tensor | None = None
+        self._holds: list[object] = []
         if pool.captures:
             self._capture(pool)
 
@@ -118,9 +181,13 @@ class Replay:
             # "thread_local": another thread may allocate for its own window meanwhile.
             graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
             try:
-                self._result = self._function()
-            finally:
-                graph.capture_end()
+                with capture(self._holds):
+                    self._result = self._function()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the capture is broken; what broke it is the news
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         caller.wait_stream(pool.stream)
         self._graph = graph
 

@@ -8,46 +8,20 @@ on the window but not on the state, and what depends on the time but not on the 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lada_rt.euler import EulerTable
 from lada_rt.torch_loop.device import DeviceEngine, GraphPool, Pace, Replay, Turn, marked, to_device
 
-__all__ = ["EulerTable", "FlowSolver"]
+__all__ = ["FlowSolver"]
 
-SIGMA_MIN = np.float32(1e-4)
-
-
-@dataclass(frozen=True, slots=True)
-class EulerTable:
-    """What a solver of `n_steps` needs at each step, [n_steps] float32 each.
-
-    Attributes:
-        t: time of the step's evaluation.
-        dt: its length.
-        fade: weight of the noise in the in-context frames at time t.
-    """
-
-    t: np.ndarray
-    dt: np.ndarray
-    fade: np.ndarray
-
-    @classmethod
-    def of(cls, n_steps: int) -> EulerTable:
-        """The released solver accumulates t and takes dt from the accumulated value (spec/mucodec 3.4)."""
-        times = np.linspace(0.0, 1.0, n_steps + 1, dtype=np.float32)
-        t, dt = times[0], times[1] - times[0]
-        rows = []
-        for step in range(n_steps):
-            rows.append((t, dt, 1 - (1 - SIGMA_MIN) * t))
-            t = t + dt
-            if step + 2 <= n_steps:
-                dt = times[step + 2] - t
-        return cls(*np.array(rows, np.float32).T.copy())
+#: batch sizes, guidance forms and numbers of steps whose graphs are kept
+MAX_WINDOWS = 8
 
 
 class _Window:
@@ -147,7 +121,7 @@ class FlowSolver:
         self._device = device
         self._pool = GraphPool(device, capture=capture)
         self._turn = Turn(device)
-        self._windows: dict[tuple[int, ...], _Window] = {}
+        self._windows: OrderedDict[tuple[int, ...], _Window] = OrderedDict()
 
     def solve(
         self,
@@ -173,7 +147,7 @@ class FlowSolver:
             [S, 32, L, 32] float32, not waited for; the first K frames equal `context`.
         """
         n_context = context.shape[2]
-        with self._turn, marked("flow", self._device):
+        with self._turn.taken(partial(on_step, 0)), marked("flow", self._device):
             window = self._window(tuple(noise.shape), codes.shape[1], 1 if guidance == 1.0 else 2, n_steps)
             window.codes.copy_(codes)
             window.noise.copy_(noise)
@@ -193,5 +167,8 @@ class FlowSolver:
     def _window(self, shape: tuple[int, ...], n_codes: int, halves: int, n_steps: int) -> _Window:
         key = (*shape, n_codes, halves, n_steps)
         if key not in self._windows:
+            while len(self._windows) >= MAX_WINDOWS:
+                self._windows.popitem(last=False)
             self._windows[key] = _Window(self._engines, shape, n_codes, halves, n_steps, self._pool)
+        self._windows.move_to_end(key)
         return self._windows[key]

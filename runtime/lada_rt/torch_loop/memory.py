@@ -1,4 +1,4 @@
-"""How much device memory a song needs, from the sizes alone: what `inspect --device cuda` prints.
+"""How much device memory a song needs, from sizes alone: what `inspect --device cuda` prints. Needs no torch.
 
 An estimate of what the loops hold, meant to be right within a third; bench/gpu_check.py prints the measured peak.
 """
@@ -7,39 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lada_rt.bench.graph_sizes import bundle_sizes
+from lada_rt.bench.roofline import DenoiserSizes, FlowSizes, MelDecoderSizes, ModelSizes, VocoderSizes
+from lada_rt.bundle import Bundle
+from lada_rt.engines.cache import list_engines
 from lada_rt.geometry import CodecGeometry
-from lada_rt.torch_loop.denoise import row_bucket
+from lada_rt.torch_loop.buckets import row_bucket
 
-__all__ = ["MemoryPlan", "ModelSizes", "memory_plan"]
+__all__ = ["MemoryPlan", "bundle_plans", "memory_plan"]
 
 FLOAT32_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """The sizes that activations depend on; the defaults are the released ones.
-
-    Attributes:
-        hidden, intermediate, vocab: of the denoiser.
-        flow_dim, flow_patch, flow_ffn: token width, patch edge and feed-forward multiple of the flow.
-        mel_channels: channels of the mel decoder's largest map, which has its full resolution.
-        vocoder_channels: channels of the vocoder's first map.
-        vocoder_rates: its upsampling factors.
-        half_bytes: bytes of an activation in denoiser and flow.
-        sound_bytes: bytes of an activation in mel decoder and vocoder.
-    """
-
-    hidden: int = 2048
-    intermediate: int = 8192
-    vocab: int = 16384
-    flow_dim: int = 1584
-    flow_patch: int = 2
-    flow_ffn: int = 4
-    mel_channels: int = 256
-    vocoder_channels: int = 1536
-    vocoder_rates: tuple[int, ...] = (6, 5, 4, 2, 2)
-    half_bytes: int = 2
-    sound_bytes: int = 4
+#: lengths a bundle's plan is made for, as far as it takes them
+PLAN_SECONDS = (30.0, 163.84, 240.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +46,8 @@ def memory_plan(
     seconds: float,
     sizes: ModelSizes | None = None,
     *,
+    half_bytes: int = 2,
+    sound_bytes: int = 4,
     n_songs: int = 1,
 ) -> MemoryPlan:
     """Estimate the memory of `n_songs` songs of `seconds`, decoded together.
@@ -75,31 +56,36 @@ def memory_plan(
         weight_bytes: of all engines (their packages' bytes).
         geometry: rates and window sizes.
         seconds: length of the longest song.
-        sizes: of the networks.
+        sizes: of the networks; one that is not known counts as the released one.
+        half_bytes: bytes of an activation in denoiser and flow.
+        sound_bytes: bytes of an activation in mel decoder and vocoder.
         n_songs: windows in one batch.
     """
-    s = sizes or ModelSizes()
+    sizes = sizes or ModelSizes()
+    denoiser_sizes, flow_sizes = sizes.denoiser or DenoiserSizes(), sizes.flow or FlowSizes()
+    widths, vocoder_sizes = (sizes.mel_decoder or MelDecoderSizes()).widths, sizes.vocoder or VocoderSizes()
     n_frames = geometry.n_codes(round(seconds * geometry.sample_rate_hz))
     # residual, norm, q, k, v, attention and three feed-forward maps are alive at once at worst
-    token_bytes = (6 * s.hidden + 3 * s.intermediate) * s.half_bytes
+    token_bytes = (6 * denoiser_sizes.hidden + 3 * denoiser_sizes.intermediate) * half_bytes
     buckets = sorted({row_bucket(n, n_frames) for n in range(1, n_frames + 1)})
     # once in the graphs' memory, once in the allocator's from the run before the first capture
-    denoise = 2 * n_frames * token_bytes + sum(buckets) * s.vocab * FLOAT32_BYTES
+    denoise = 2 * n_frames * token_bytes + sum(buckets) * denoiser_sizes.vocab * FLOAT32_BYTES
 
-    tokens = geometry.window_latents * geometry.latent_bins // s.flow_patch**2
-    per_token = s.flow_dim * (3 * FLOAT32_BYTES + (4 + s.flow_ffn) * s.half_bytes)
+    tokens = geometry.window_latents * geometry.latent_bins // flow_sizes.patch_area
+    per_token = flow_sizes.dim * (3 * FLOAT32_BYTES + 4 * half_bytes) + flow_sizes.ffn * half_bytes
     flow = 2 * 2 * n_songs * tokens * per_token
 
     mel_frames = geometry.window_latents * geometry.mel_frames_per_latent
-    mel_map = mel_frames * geometry.mel_bins * s.mel_channels
+    # the last level takes the maps of the one before at full resolution
+    mel_map = mel_frames * geometry.mel_bins * widths[min(1, len(widths) - 1)]
     # group norm works in float32 on a map it may have to widen: input, centred, scaled and output
-    mel_decoder = mel_map * (2 * s.sound_bytes + 2 * FLOAT32_BYTES)
+    mel_decoder = mel_map * (2 * sound_bytes + 2 * FLOAT32_BYTES)
 
-    largest, channels, frames = 0, s.vocoder_channels, mel_frames
-    for rate in s.vocoder_rates:
+    largest, channels, frames = 0, vocoder_sizes.initial, mel_frames
+    for rate in vocoder_sizes.rates:
         channels, frames = channels // 2, frames * rate
         largest = max(largest, channels * frames)
-    vocoder = 2 * 6 * largest * s.sound_bytes  # two audio channels; stage input, sum, and four maps of a block
+    vocoder = 2 * 6 * largest * sound_bytes  # two audio channels; stage input, sum, and four maps of a block
     return MemoryPlan(
         weights=weight_bytes,
         denoise=denoise,
@@ -108,3 +94,28 @@ def memory_plan(
         vocoder=vocoder,
         peak=weight_bytes + denoise + flow + max(mel_decoder, vocoder),
     )
+
+
+def bundle_plans(bundle: Bundle) -> dict[float, MemoryPlan]:
+    """The plan of a bundle's engines on a GPU for some lengths in seconds, the longest one last.
+
+    A stage that has no engine for a GPU yet counts with its graph's bytes.
+    """
+    weights = {name: stage.bytes for name, stage in bundle.stages.items()}
+    for entry in list_engines(bundle):
+        if entry.key.arch.startswith("sm_") and entry.key.stage in weights:
+            weights[entry.key.stage] = sum(file.bytes for file in entry.files)
+    precisions = {name: stage.precision for name, stage in bundle.stages.items()}
+    sizes = bundle_sizes(bundle)
+    seconds = sorted({*(s for s in PLAN_SECONDS if s < bundle.max_seconds), bundle.max_seconds})
+    return {
+        s: memory_plan(
+            sum(weights.values()),
+            bundle.geometry,
+            s,
+            sizes,
+            half_bytes=FLOAT32_BYTES if "fp32" in (precisions["denoiser"], precisions["flow"]) else 2,
+            sound_bytes=FLOAT32_BYTES if "fp32" in (precisions["mel_decoder"], precisions["vocoder"]) else 2,
+        )
+        for s in seconds
+    }

@@ -12,9 +12,7 @@ import torch
 from lada_rt_kernels import numeric
 from torch import Tensor
 
-from lada_rt.geometry import CodecGeometry
-
-__all__ = ["STREAM_FLOW", "SeededNoise", "flow_noise"]
+__all__ = ["STREAM_FLOW", "flow_noise"]
 
 STREAM_FLOW = 2
 _WORD = 0xFFFFFFFF
@@ -79,15 +77,3 @@ def flow_noise(seed: int, window: int, shape: Sequence[int], device: torch.devic
         cosine, sine = _cos_sin_turn(angle_word)
         values += [radius * cosine, radius * sine]
     return torch.stack(values, dim=1).flatten()[:n].reshape(tuple(int(s) for s in shape))
-
-
-class SeededNoise:
-    """Window index to initial flow noise [32, window_latents, 32] on the device, from the seed alone."""
-
-    def __init__(self, seed: int, geometry: CodecGeometry, device: torch.device) -> None:
-        self.seed = seed
-        self._shape = (geometry.latent_channels, geometry.window_latents, geometry.latent_bins)
-        self._device = device
-
-    def __call__(self, window: int) -> Tensor:
-        return flow_noise(self.seed, window, self._shape, self._device)

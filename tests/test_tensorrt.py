@@ -17,11 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from lada_rt import cli
+import torch
+from lada_rt import GenerationParams, Pipeline, cli
 from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache, load_engines
+from lada_rt.engines.base import loop_of
 from lada_rt.engines.cache import EngineEntry, EngineKey, Machine, find_engine, list_engines, misfit, write_engine
+from lada_rt.engines.tensorrt import TensorRTEngine
 from lada_rt.errors import EngineError, ExportError
+from lada_rt.torch_loop.device import capture
 from lada_rt_export.demo.bundle import DemoSource
 from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
 from lada_rt_export.stages import StageSpec, stage_spec
@@ -121,6 +125,58 @@ def test_each_concurrent_run_has_a_context(bundle: Bundle, source: DemoSource, s
     made = [name for name, *_ in called(standin)]
     assert made.count("execute") == 33
     assert 1 <= made.count("create_execution_context") <= 5
+
+
+def test_a_graph_keeps_the_context_it_was_captured_in(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+    """Runs of other shapes must not touch it, and it goes with the graph."""
+    build_engine(job(bundle, source, "text_encoder", []))
+    engine = load_engines(bundle, backend="tensorrt")[0]["text_encoder"]
+    assert isinstance(engine, TensorRTEngine)
+    case = {name: tensor.repeat(1, 2) for name, tensor in demo_spec(source, "text_encoder").cases()[0].inputs.items()}
+    standin.write_text("")
+    first = engine.run_device(**case)["feature"]
+    holds: list[object] = []
+    with capture(holds):
+        captured = engine.run_device(**case)["feature"]
+    assert torch.equal(captured, first)
+    made = [name for name, *_ in called(standin)]
+    assert made.count("create_execution_context") == 1
+    assert made.count("set_input_shape") == len(case)  # before the first run, and never in the capture
+    assert len(holds) == 1
+    longer = {name: tensor.repeat(1, 2) for name, tensor in case.items()}
+    for _ in range(2):
+        engine.run_device(**longer)
+        engine.run_device(**case)
+    made = [name for name, *_ in called(standin)]
+    assert made.count("create_execution_context") == 2
+    assert not any(context in holds for contexts in engine._idle.values() for context in contexts)
+
+
+def test_the_main_path_runs_on_plans(bundle: Bundle, standin: Path) -> None:
+    """Denoiser, flow, mel decoder and vocoder from plans, their loops on torch tensors, against ONNX Runtime."""
+    for stage in ("denoiser", "flow", "mel_decoder", "vocoder"):
+        inputs = {entry.name: entry.shape for entry in bundle.stages[stage].inputs}
+        shapes = {
+            name: [[0 if isinstance(n, str) else n for n in shape], [], [9999] * len(shape)]
+            for name, shape in inputs.items()
+        }
+        plan = bundle.path / "engine.plan"
+        graph = bundle.file_path(bundle.stages[stage].graph)
+        plan.write_text(json.dumps({"graph": str(graph), "shapes": shapes}))
+        key = EngineKey(
+            stage, bundle.stages[stage].graph.sha256, "tensorrt", VERSION, "sm_90", "fp32", {"T": (1, 2, 3)}
+        )
+        write_engine(bundle.path / "engines", key, [plan], {"max_rel_error": 0.0, "tolerance": 1.0})
+    params = GenerationParams(steps=3, flow_steps=1, guidance=1.0)
+    vocal = (sung(48_000), 48_000)
+    pipe = Pipeline.load(bundle.path, backend="tensorrt")
+    looped = {name for name, engine in pipe._engines.items() if loop_of(engine) is not None}
+    assert looped == {"denoiser", "flow", "mel_decoder"}
+    found = pipe.generate(vocal, text="", params=params)
+    expected = Pipeline.load(bundle.path, backend="onnxruntime", device="cpu").generate(vocal, text="", params=params)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_allclose(found.audio, expected.audio, atol=1e-5 * np.abs(expected.audio).max())
+    assert ["execute"] in called(standin)
 
 
 def test_wrong_inputs_are_named(bundle: Bundle, source: DemoSource, standin: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import lada_rt.engines.tensorrt
 import numpy as np
 import onnx
+import torch
 from lada_rt.engines.onnxruntime import OnnxEngine
 
 __version__ = "11.4.0.106"
@@ -32,30 +34,10 @@ def note(call: str, *arguments: Any) -> None:
 class HostDevice:
     """Host memory in place of the GPU's."""
 
-    def __init__(self) -> None:
-        self.kept: list[np.ndarray] = []
-
-    def upload(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
-
-    def empty(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        return np.full(tuple(shape), 77, dtype)
-
-    def address(self, buffer: np.ndarray) -> int:
-        self.kept.append(buffer)
-        return buffer.ctypes.data
-
-    def download(self, buffer: np.ndarray) -> np.ndarray:
-        return buffer.copy()
+    where = torch.device("cpu")
 
     def stream(self) -> int:
         return 1234
-
-    def ready(self) -> None:
-        note("ready")
-
-    def wait(self, stream: int) -> None:
-        note("wait", stream)
 
 
 lada_rt.engines.tensorrt.TorchDevice = HostDevice  # type: ignore[misc,assignment]  # there is no GPU to allocate on
@@ -78,6 +60,10 @@ class IProgressMonitor:
 
 class BuilderFlag(enum.Enum):
     TF32, VERSION_COMPATIBLE = range(2)
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
 class HardwareCompatibilityLevel(enum.Enum):
@@ -231,7 +217,8 @@ class Context:
         self.engine = engine
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.results: dict[str, np.ndarray] = {}
+        self.workspace: tuple[int, int] | None = None
+        self.needs = 0
         self.busy = False
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -240,10 +227,21 @@ class Context:
         if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             return False
         self.shapes[name] = shape
+        self.needs = 0  # unknown until asked for
+        note("set_input_shape", name)
         return True
 
     def infer_shapes(self) -> list[str]:
         return [name for name in self.engine.profile if name not in self.shapes]
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert not self.infer_shapes()
+        self.needs = 256 + sum(math.prod(shape) for shape in self.shapes.values())
+        return self.needs
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory
+        self.workspace = (memory, size)
 
     def get_tensor_shape(self, name: str) -> Dims:
         assert not self.infer_shapes(), "shapes of results are known once all inputs have one"
@@ -259,6 +257,10 @@ class Context:
         assert stream_handle == 1234
         assert set(self.addresses) == {v.name for v in self.engine.values}
         assert not self.busy, "one context was run twice at once"
+        assert self.needs, "ask for the working memory after a change of shapes"
+        assert self.workspace is not None
+        assert self.workspace[1] == self.needs
+        ctypes.memset(self.workspace[0], 0xA5, self.needs)  # it is there, and nobody else's
         self.busy = True
         inputs = {name: view(self.addresses[name], s, self.engine.dtypes[name]) for name, s in self.shapes.items()}
         for name, result in self.engine.onnx.run(**{k: v.copy() for k, v in inputs.items()}).items():
@@ -290,6 +292,9 @@ class Engine:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
                 sizes[dim.dim_param] = size
         dims = next(v for v in self.values if v.name == name).type.tensor_type.shape.dim
+        if any(d.dim_param and d.dim_param not in sizes for d in dims):  # computed from the inputs' sizes
+            zeros = {n: np.zeros(shape, self.dtypes[n]) for n, shape in shapes.items()}
+            return self.onnx.run(**zeros)[name].shape
         return tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
 
     def get_tensor_name(self, index: int) -> str:
@@ -306,7 +311,8 @@ class Engine:
         assert profile_index == 0
         return [Dims(d) for d in self.profile[name]]
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context:
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         note("create_execution_context")
         return Context(self)
 

@@ -1,16 +1,18 @@
 """Engines on TensorRT 10.15 and later, and 11: a plan, its inputs and outputs by address, a context for each run.
 
-TensorRT moves no data and allocates nothing for its callers; torch does both here. Written against the type stub in
-export/typings and tried with a stand-in: it has not been run on TensorRT itself.
+TensorRT moves no data and allocates nothing here: tensors and working memory are torch's, so that all engines share one
+allocator and a run can be captured in a CUDA graph. Written against the type stub in export/typings and tried with a
+stand-in: it has not been run on TensorRT itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -18,11 +20,13 @@ from lada_rt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
     import tensorrt as trt
+    import torch
+    from torch import Tensor
 
 __all__ = ["Device", "TensorRTEngine", "TorchDevice", "make_logger", "require_tensorrt"]
 
-#: names of TensorRT's types -> numpy's. Stages take and return these whatever their weights are.
-_DTYPES: Final[dict[str, type[np.generic]]] = {"FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32}
+#: names of TensorRT's types -> torch's. Stages take and return these whatever their weights are.
+_DTYPES: Final = {"FLOAT": "float32", "INT64": "int64", "INT32": "int32"}
 
 
 def require_tensorrt() -> None:
@@ -36,39 +40,17 @@ def require_tensorrt() -> None:
 
 
 class Device(Protocol):
-    """Memory and a stream of the GPU, as far as an engine needs them."""
+    """Where an engine's tensors live."""
 
-    def upload(self, array: np.ndarray) -> Any:
-        """A copy on the device."""
-        ...
-
-    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Any:
-        """Memory for a result."""
-        ...
-
-    def address(self, buffer: Any) -> int:
-        """Where a buffer lies."""
-        ...
-
-    def download(self, buffer: Any) -> np.ndarray:
-        """A copy on the host, once the stream has come to it."""
-        ...
+    where: torch.device
 
     def stream(self) -> int:
-        """Handle of a stream of its own."""
-        ...
-
-    def ready(self) -> None:
-        """Until uploads are done."""
-        ...
-
-    def wait(self, stream: int) -> None:
-        """Until the stream has nothing left to do."""
+        """Handle of the calling thread's current stream."""
         ...
 
 
 class TorchDevice:
-    """The current CUDA device through torch.
+    """The current CUDA device.
 
     Raises:
         EngineError: torch or the device is missing.
@@ -77,50 +59,25 @@ class TorchDevice:
     def __init__(self) -> None:
         from lada_rt.engines.torch import device_key, import_torch
 
-        self._torch: Any = import_torch()
         device_key("cuda")
-        self._streams: dict[int, Any] = {}
-
-    def upload(self, array: np.ndarray) -> Any:
-        return self._torch.from_numpy(np.ascontiguousarray(array)).to("cuda")
-
-    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Any:
-        return self._torch.empty(tuple(shape), dtype=getattr(self._torch, np.dtype(dtype).name), device="cuda")
-
-    def address(self, buffer: Any) -> int:
-        return int(buffer.data_ptr())
-
-    def download(self, buffer: Any) -> np.ndarray:
-        array: np.ndarray = buffer.cpu().numpy()
-        return array
+        self._torch = import_torch()
+        self.where = self._torch.device("cuda")
 
     def stream(self) -> int:
-        stream = self._torch.cuda.Stream()
-        handle = int(stream.cuda_stream)
-        self._streams[handle] = stream
-        return handle
-
-    def wait(self, stream: int) -> None:
-        self._streams[stream].synchronize()
-
-    def ready(self) -> None:
-        # uploads run on torch's current stream; an engine's stream must not start before them
-        self._torch.cuda.current_stream().synchronize()
+        return int(self._torch.cuda.current_stream().cuda_stream)
 
 
+@dataclass(slots=True)
 class _Context:
-    """An execution context and its stream; used by one run at a time."""
+    """An execution context, and the shapes of its inputs. It serves one stream, where runs follow one another."""
 
-    def __init__(self, engine: trt.ICudaEngine, device: Device) -> None:
-        context = engine.create_execution_context()
-        if context is None:
-            raise EngineError("backend tensorrt: no memory for another execution context; lower max_concurrent")
-        self.context: trt.IExecutionContext = context
-        self.stream = device.stream()
+    context: trt.IExecutionContext
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    workspace_bytes: int = 0
 
 
 class TensorRTEngine:
-    """One deserialised plan. Thread-safe: every concurrent run has a context of its own."""
+    """One deserialised plan. Thread-safe: runs that may overlap have contexts of their own."""
 
     def __init__(
         self,
@@ -145,7 +102,11 @@ class TensorRTEngine:
         require_tensorrt()
         import tensorrt as trt
 
+        from lada_rt.engines.torch import import_torch
+
+        self._torch = import_torch()
         self._device: Device = device or TorchDevice()
+        self.device = self._device.where
         self._logger = make_logger(log)
         try:
             data = plan.read_bytes()
@@ -162,62 +123,108 @@ class TensorRTEngine:
                 "lada-rt build-engine --backend tensorrt"
             )
         self._engine = engine
+        self._allocation = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        self._dtypes = {name: _DTYPES[engine.get_tensor_dtype(name).name] for name in names}
-        self._idle: list[_Context] = []
+        self._dtypes: dict[str, torch.dtype] = {
+            name: getattr(self._torch, _DTYPES[engine.get_tensor_dtype(name).name]) for name in names
+        }
+        #: contexts by the stream they serve
+        self._idle: dict[int, list[_Context]] = {}
         self._lock = threading.Lock()
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Evaluate the stage; see `Engine.run`.
+        """Evaluate the stage on arrays; waits for the result. See `Engine.run`.
 
         Raises:
             EngineError: an input is missing, unknown, of another type or outside the profile, or the run failed.
         """
+        from lada_rt.torch_loop.device import engine_errors, to_device, to_host
+
+        with engine_errors("backend tensorrt"):
+            found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
+            return {name: to_host(tensor) for name, tensor in found.items()}
+
+    def run_device(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Evaluate the stage on device tensors, in the current stream; nothing waits for it. Raises as `run`.
+
+        The stream may be capturing once a run with the same shapes went before, which sets them.
+        """
+        from lada_rt.torch_loop.device import graph_being_captured
+
         if set(inputs) != set(self._inputs):
             raise EngineError(
                 f"backend tensorrt: expected inputs {', '.join(self._inputs)}, got {', '.join(inputs)}; "
                 "rebuild the engine"
             )
+        for name, tensor in inputs.items():
+            if tensor.dtype != self._dtypes[name]:
+                wanted, got = (str(dtype).removeprefix("torch.") for dtype in (self._dtypes[name], tensor.dtype))
+                raise EngineError(f"backend tensorrt: {name}: expected {wanted}, got {got}")
+        stream = self._device.stream()
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        graph = graph_being_captured()
+        held = self._take(stream, shapes, any_shapes=graph is None)
+        if held.shapes != shapes:
+            self._set_shapes(held, shapes)
+        results = self._enqueue(held, stream, inputs)
+        # A context whose run failed is dropped: nobody knows its state.
+        if graph is not None:
+            graph.append(held)  # the graph's alone from now on: its shapes must not change
+            return results
         with self._lock:
-            held = self._idle.pop() if self._idle else None
-        held = held or _Context(self._engine, self._device)
-        results = self._run(held, inputs)
-        # a context whose run failed is dropped: nobody knows its state
-        with self._lock:
-            self._idle.append(held)
+            self._idle.setdefault(stream, []).append(held)
         return results
 
-    def _run(self, held: _Context, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        device, context = self._device, held.context
-        buffers: dict[str, Any] = {}
-        for name, array in inputs.items():
-            if array.dtype != self._dtypes[name]:
-                raise EngineError(
-                    f"backend tensorrt: {name}: expected {np.dtype(self._dtypes[name]).name}, got {array.dtype}"
-                )
-            if not context.set_input_shape(name, tuple(array.shape)):
+    def _take(self, stream: int, shapes: dict[str, tuple[int, ...]], *, any_shapes: bool) -> _Context:
+        """A context that is idle or whose runs are in the same stream, before this one; best one with these shapes."""
+        with self._lock:
+            idle = self._idle.get(stream, [])
+            best = next((held for held in idle if held.shapes == shapes), None)
+            if best is None and idle and any_shapes:
+                best = idle[0]
+            if best is not None:
+                idle.remove(best)
+                return best
+        context = self._engine.create_execution_context(self._allocation)
+        if context is None:
+            raise EngineError("backend tensorrt: no memory for another execution context; lower max_concurrent")
+        return _Context(context)
+
+    def _set_shapes(self, held: _Context, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if not held.context.set_input_shape(name, shape):
                 low, _, high = self._engine.get_tensor_profile_shape(name, 0)
                 raise EngineError(
                     f"backend tensorrt: {name}: expected a shape from {list(low)} to {list(high)}, got "
-                    f"{list(array.shape)}; rebuild the engine with a larger --max-seconds"
+                    f"{list(shape)}; rebuild the engine with a larger --max-seconds"
                 )
-            # an empty tensor needs an address too
-            buffers[name] = device.upload(array if array.size else np.zeros(1, array.dtype))
-        unknown = context.infer_shapes()
+        unknown = held.context.infer_shapes()
         if unknown:
             raise EngineError(f"backend tensorrt: no shapes for {', '.join(unknown)}; rebuild the engine")
-        for name in self._outputs:
-            buffers[name] = device.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name])
-        for name, buffer in buffers.items():
-            if not context.set_tensor_address(name, device.address(buffer)):
+        held.shapes = shapes
+        held.workspace_bytes = held.context.update_device_memory_size_for_shapes()
+
+    def _enqueue(self, held: _Context, stream: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        context, empty = held.context, self._torch.empty
+        results = {
+            name: empty(tuple(context.get_tensor_shape(name)), dtype=self._dtypes[name], device=self.device)
+            for name in self._outputs
+        }
+        # Given back to torch at once: what it is lent for next comes later in this stream, or in this graph's memory.
+        workspace = empty(held.workspace_bytes, dtype=self._torch.uint8, device=self.device)
+        if held.workspace_bytes:
+            context.set_device_memory(workspace.data_ptr(), held.workspace_bytes)
+        tensors = {name: tensor.contiguous() for name, tensor in inputs.items()} | results
+        # an empty tensor needs an address too
+        nothing = empty(1, dtype=self._torch.int64, device=self.device)
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, (tensor if tensor.numel() else nothing).data_ptr()):
                 raise EngineError(f"backend tensorrt: {name}: its address was refused; report it with: lada-rt doctor")
-        device.ready()
-        if not context.execute_async_v3(held.stream):
+        if not context.execute_async_v3(stream):
             raise EngineError("backend tensorrt: the run failed; see the log, and check the GPU with: lada-rt doctor")
-        device.wait(held.stream)
-        return {name: device.download(buffers[name]) for name in self._outputs}
+        return results
 
 
 def make_logger(log: Callable[[str], None]) -> trt.ILogger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,19 @@ from device_stages import (
     small_modules,
     song,
 )
-from lada_rt.bundle import demo_bundle_path
+from lada_rt import Pipeline
+from lada_rt.bundle import Bundle, demo_bundle_path
+from lada_rt.decode import SeededNoise, decode_latents, render_window
 from lada_rt.denoise import FirstStep, RecordedNoise, denoise
+from lada_rt.engines.base import loop_of
+from lada_rt.engines.cache import EngineKey, write_engine
 from lada_rt.engines.onnxruntime import OnnxEngine
 from lada_rt.engines.torch import TorchEngine, load_package
-from lada_rt.errors import BundleError, EngineError, LadaError
+from lada_rt.errors import BundleError, EngineError
 from lada_rt.noise import flow_noise
 from lada_rt.params import GenerationParams
-from lada_rt.torch_loop.denoise import DenoiseLoop, row_bucket
+from lada_rt.torch_loop.buckets import row_bucket
+from lada_rt.torch_loop.denoise import DenoiseLoop
 from lada_rt.torch_loop.device import GraphPool, Replay
 from lada_rt.torch_loop.noise import flow_noise as device_noise
 from lada_rt.torch_loop.path import engines_on_device
@@ -41,6 +47,7 @@ from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.stages import StageSizes, stage_spec
 from lada_rt_export.to_aoti import build_engine
 from lada_rt_export.torch_stages import compile_blocks, part_engine, stage_parts
+from stubs import stub_engines, sung, write_stub_bundle
 from torch import Tensor, nn
 
 
@@ -146,7 +153,7 @@ def test_bad_logits_are_an_error() -> None:
         return exact_logits(**inputs) * float("nan")
 
     loop = DenoiseLoop(TorchEngine(bad, ["logits"], CPU), CPU)
-    with pytest.raises(LadaError, match="finite"):
+    with pytest.raises(EngineError, match=r"denoiser, step 1: .*finite"):
         loop.denoise(vocal, prefix, GenerationParams(steps=3), MASK)
 
 
@@ -193,7 +200,7 @@ def test_torch_engines_equal_onnx_runtime_on_the_demo_networks() -> None:
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_package_builds_proves_and_drives_the_loop(tmp_path: Path) -> None:
+def test_package_builds_proves_and_drives_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(DENOISER, n_layers=1)
     torch.manual_seed(7)
     module = DenoiserStage(MaskPredictor(config).eval().requires_grad_(False), max_positions=256)
@@ -217,6 +224,33 @@ def test_package_builds_proves_and_drives_the_loop(tmp_path: Path) -> None:
     eager = TorchEngine(module, ["logits"], CPU)
     found, expected = (DenoiseLoop(engine, CPU).denoise(vocal, prefix, params, MASK) for engine in (package, eager))
     assert np.array_equal(found, expected)
+
+    # filed in a bundle, it is what the pipeline runs
+    bundle = Bundle.open(
+        write_stub_bundle(tmp_path / "stub.bundle", vocab_size=VOCAB, mask_id=MASK, geometry=GEOMETRY.to_json())
+    )
+    key = EngineKey(
+        "denoiser",
+        bundle.stages["denoiser"].graph.sha256,
+        "torch",
+        torch.__version__,
+        description["device_key"],
+        "fp32",
+        spec.profile,
+    )
+    (tmp_path / "moved").mkdir()
+    copy = Path(shutil.copy(tmp_path / part["file"], tmp_path / "moved"))
+    write_engine(bundle.path / "engines", key, [copy], description["proof"], description)
+    host = stub_engines()
+    monkeypatch.setattr("lada_rt.engines._onnx_engine", lambda bundle, stage, *options: host[stage])
+    pipe = Pipeline.load(bundle.path, backend="torch", device="cpu", warmup_s=0.5)
+    assert (pipe.backend, pipe.device) == ("torch", "cpu")
+    assert loop_of(pipe._engines["denoiser"]) is not None
+    vocal = (sung(48_000), 48_000)
+    filed = pipe.generate(vocal, text="soul", params=params)
+    host["denoiser"] = eager
+    by_hand = Pipeline(bundle, host, backend="host", device="cpu")  # type: ignore[arg-type]  # stubs
+    assert np.array_equal(filed.codes, by_hand.generate(vocal, text="soul", params=params).codes)
 
     path = tmp_path / part["file"]
     path.write_bytes(path.read_bytes() + b" ")
@@ -242,15 +276,15 @@ def test_gpu_loop_draws_the_codes_of_the_numpy_loop(capture: bool) -> None:
 @pytest.mark.gpu
 def test_gpu_loops_never_wait_for_the_device(modules: dict[str, nn.Module]) -> None:
     device = torch.device("cuda")
-    path: Any = engines_on_device(engines_of(modules, "bf16", device), GEOMETRY, device)
+    path = engines_on_device(engines_of(modules, "bf16", device), GEOMETRY)
     params = GenerationParams(steps=12, flow_steps=4)
     vocal, prefix = song(100)
 
     def run() -> None:
-        codes = path["denoiser"].denoise(vocal, prefix, params, MASK)
-        noise = path["flow"].seeded_noise(1, GEOMETRY)
-        for window in path["flow"].decode_latents(codes, STATS, GEOMETRY, n_steps=4, guidance=1.5, noise=noise):
-            window.render(GEOMETRY.window_samples)
+        codes = denoise(path["denoiser"], vocal, prefix, params, MASK)
+        noise = SeededNoise(1, GEOMETRY)
+        for window in decode_latents(path["flow"], codes, STATS, GEOMETRY, n_steps=4, guidance=1.5, noise=noise):
+            render_window(path, window, GEOMETRY.window_samples, GEOMETRY)
 
     run()  # captures the graphs
     torch.cuda.set_sync_debug_mode("error")

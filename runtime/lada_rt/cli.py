@@ -346,13 +346,15 @@ def build_engine(
 
 @app.command()
 @click.argument("bundle", type=PathArg, required=False)
+@click.option("--device", type=click.Choice(["cuda"]), help="cuda: add the memory plan, which needs no GPU.")
 @json_option
 @debug_option
-def inspect(bundle: Path | None, json_file: Path | None) -> None:
+def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> None:
     """Show a BUNDLE: stages, shapes, measured errors, engines; verify its checksums. Default: the embedded demo."""
     from lada_rt.bundle import Bundle, demo_bundle_path
     from lada_rt.engines.cache import engine_report
-    from lada_rt.terminal import print_bundle, write_json
+    from lada_rt.terminal import print_bundle, print_memory_plans, write_json
+    from lada_rt.torch_loop.memory import bundle_plans
 
     check_report_path(json_file)
     opened = Bundle.open(bundle if bundle is not None else demo_bundle_path())
@@ -363,8 +365,11 @@ def inspect(bundle: Path | None, json_file: Path | None) -> None:
         fit = "fits this machine" if engine["misfit"] is None else f"does not run here: it {engine['misfit']}"
         print(f"{engine['engine']}: error {engine['proof']['max_rel_error']:.1e}, {fit}")
     print(f"{len(engines)} compiled engines; the graphs run on onnxruntime")
+    plans = bundle_plans(opened) if device == "cuda" else {}
+    print_memory_plans(plans)
     if json_file is not None:
         facts = {"path": str(opened.path), "sha256": opened.sha256, "verified": True}
+        facts |= {"memory_plans": {f"{s:g}": dataclasses.asdict(plan) for s, plan in plans.items()}} if plans else {}
         write_json(json_file, {**facts, **opened.summary(), "engines": engines})
 
 

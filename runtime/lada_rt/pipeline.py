@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lada_rt.audio import AudioInput
 from lada_rt.bundle import Bundle, demo_bundle_path
@@ -71,16 +74,18 @@ class Pipeline:
         n_threads: int | None = None,
         max_concurrent: int = 4,
         verify: bool = True,
+        warmup_s: float | None = None,
     ) -> Pipeline:
         """Open a bundle and load an engine for each stage.
 
         Args:
             bundle: its folder; None is the embedded demo bundle, which is untrained.
-            backend: `onnxruntime`, or `auto` for the best that fits.
+            backend: `onnxruntime`, `tensorrt`, `torch`, or `auto` for the best that fits.
             device: `cpu`, `cuda`, or `auto`.
             n_threads: CPU threads of one engine call; None is all CPUs this process may use.
             max_concurrent: calls that may run at once; more wait.
             verify: check every byte of the bundle against its manifest first.
+            warmup_s: call `warmup` for songs of this length; None leaves it to the first song.
 
         Raises:
             BundleError: the bundle is missing, damaged or of a newer format.
@@ -94,7 +99,33 @@ class Pipeline:
         if verify:
             opened.verify()
         engines, backend, device = load_engines(opened, backend=backend, device=device, n_threads=n_threads)
-        return cls(opened, engines, backend=backend, device=device, max_concurrent=max_concurrent)
+        pipeline = cls(opened, engines, backend=backend, device=device, max_concurrent=max_concurrent)
+        if warmup_s is not None:
+            pipeline.warmup(warmup_s)
+        return pipeline
+
+    def warmup(self, seconds: float = 30.0, params: GenerationParams | None = None) -> None:
+        """Make a song of silence once and throw it away, so that the next one finds everything loaded.
+
+        Backends load kernels, size their workspaces and, on a GPU, capture graphs when they first meet a size: for the
+        denoiser that is the length of the song, for the other stages any.
+
+        Args:
+            seconds: length of the songs to come; call it once for each of the usual ones.
+            params: options of the runs to come; their numbers of steps matter.
+
+        Raises:
+            ParamError: the length is not above 0.
+            AudioError: it is more than the bundle takes.
+            EngineError: the backend failed.
+        """
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise ParamError(f"seconds: expected a length above 0, got {seconds!r}")
+        rate_hz = self.bundle.geometry.sample_rate_hz
+        silence = np.zeros((1, max(1, round(seconds * rate_hz))), np.float32)
+        reference = (np.zeros((1, rate_hz), np.float32), rate_hz)
+        for _ in self.stream((silence, rate_hz), text="", reference=reference, params=params):
+            pass
 
     def generate(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,12 +22,14 @@ from lada_rt.delivery import Delivery
 from lada_rt.pipeline import Pipeline
 from lada_rt.progress import Progress
 from lada_rt.results import Result
+from lada_rt.torch_loop.memory import MemoryPlan
 
 __all__ = [
     "ProgressBars",
     "peak_rss_mb",
     "print_bundle",
     "print_doctor",
+    "print_memory_plans",
     "print_summary",
     "write_json",
     "write_json_report",
@@ -163,6 +167,17 @@ def print_bundle(bundle: Bundle) -> None:
 
 def _signature(tensors: tuple[TensorEntry, ...]) -> Text:
     return Text(", ".join(f"{t.name}[{','.join(map(str, t.shape))}]" for t in tensors))
+
+
+def print_memory_plans(plans: Mapping[float, MemoryPlan]) -> None:
+    """Device memory by length of the song, planned and not measured."""
+    if not plans:
+        return
+    names = [field.name for field in dataclasses.fields(MemoryPlan)]
+    table = Table("planned GB on a GPU", *names, box=None, header_style="bold")
+    for seconds, plan in plans.items():
+        table.add_row(f"{seconds:g} s", *(f"{getattr(plan, name) / 1e9:.2f}" for name in names))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def print_doctor(report: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class BuildOptions:
 
     Attributes:
         backend: "onnxruntime" runs the graphs themselves; "tensorrt" and "torch" add compiled engines.
-        precision: see `stages.stage_precisions`.
+        precision: see `stages.stage_precisions`; None is bf16 where engines for a GPU are built, else fp32.
         stages: those to build; the others are taken over if they are up to date.
         device: where compiled engines are to run: "auto" (a GPU if there is one), "cpu" or "cuda".
         compatibility: of "later-versions" (of TensorRT) and "ampere-plus" (GPUs), for slower engines that run on more.
@@ -64,14 +64,15 @@ class BuildOptions:
     """
 
     backend: str = "onnxruntime"
-    precision: str = "fp32"
+    precision: str | None = None
     stages: Sequence[str] = STAGES
     device: str = "auto"
     compatibility: Sequence[str] = ()
     memory_bytes: int = 16 << 30
 
     def __post_init__(self) -> None:
-        stage_precisions(self.precision)
+        if self.precision is not None:
+            stage_precisions(self.precision)
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages:
             raise ParamError(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
@@ -82,6 +83,13 @@ class BuildOptions:
                 f"got {', '.join(self.compatibility)} with {self.backend}"
             )
         check_backend(self.backend, self.device)
+
+    def precisions(self) -> dict[str, str]:
+        """The precision of every stage."""
+        if self.precision is not None:
+            return stage_precisions(self.precision)
+        on_gpu = self.backend != "onnxruntime" and engine_device(self.backend, self.device) == "cuda"
+        return stage_precisions("bf16" if on_gpu else "fp32")
 
 
 def build_bundle(
@@ -117,7 +125,7 @@ class _Build:
 
     def __init__(self, out: Path, source: BundleSource, options: BuildOptions, log: Log) -> None:
         self.out, self.source, self.options, self.log = out, source, options, log
-        self.precisions = stage_precisions(options.precision)
+        self.precisions = options.precisions()
         self.work = Workspace(out)
         self.old = _old_bundle(out)
 

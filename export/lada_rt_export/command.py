@@ -23,7 +23,7 @@ def build(
     pretrained_root: Path | None = None,
     tokenizer: Path | None = None,
     backend: str = "onnxruntime",
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str = "auto",
     compatibility: str | None = None,
     max_seconds: int = 360,

@@ -287,9 +287,8 @@ def redo_saved(
 )
 @click.option(
     "--precision",
-    default="fp32",
-    show_default=True,
-    help="fp32, bf16 or fp16 for denoiser and flow; ,STAGE=PRECISION sets single stages: bf16,vocoder=fp16.",
+    help="fp32, bf16 or fp16 for denoiser and flow; ,STAGE=PRECISION sets single stages: bf16,vocoder=fp16. Default: "
+    "bf16 for engines on a GPU, else fp32.",
 )
 @click.option("--device", default="auto", show_default=True, help="Where torch engines run: auto, cpu or cuda.")
 @click.option(
@@ -307,7 +306,7 @@ def build_engine(
     tokenizer: Path | None,
     out: Path,
     backend: str,
-    precision: str,
+    precision: str | None,
     device: str,
     compatibility: str | None,
     max_seconds: int,

@@ -264,7 +264,9 @@ def find_engine(bundle: Bundle, stage: str, backend: str, machine: Machine) -> E
 def rebuild_command(bundle: Path, key: EngineKey | None = None, *, backend: str = "") -> str:
     """The command that builds an engine into a bundle; the checkpoint's place is the user's to fill in."""
     name = key.backend if key is not None else backend
-    precision = f" --precision {key.precision}" if key is not None and key.precision != "fp32" else ""
+    # the other stages follow the option only when named in it
+    follows = key is not None and key.stage in ("denoiser", "flow")
+    precision = f" --precision {key.precision}" if key is not None and follows else ""
     return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} --backend {name}{precision}"
 
 

@@ -8,14 +8,18 @@ Source: spec/lada_band a.4, a.5, d.4; spec/mucodec 7.1, 9.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_models import make_stage
+from gpu_sections import State, denoiser_inputs, exact_float32, flow_inputs, relative_error
 from lada_rt_export.models.mask_predictor import Layer, MaskPredictor, rope_tables
 from lada_rt_export.models.stages_mucodec import FlowStage
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["n_vocoder_chunks", "public_denoiser", "public_flow", "public_sample"]
+__all__ = ["PublicSong", "n_vocoder_chunks", "public_denoiser", "public_flow", "public_sample"]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,3 +102,72 @@ def public_flow(stage: FlowStage, **inputs: Tensor) -> Tensor:
 def n_vocoder_chunks(n_mel_frames: int, chunk: int = 1024, shift: int = 256) -> int:
     """Chunks the public vocoder cuts a window into."""
     return 1 + max(0, math.ceil((n_mel_frames - chunk) / shift))
+
+
+class PublicSong:
+    """The song that `gpu_check` measures, with the released program's calls on random weights and inputs.
+
+    Attributes:
+        parts: one call of each kind; denoiser and sampler are a step, the vocoder is a chunk.
+        counts: how often a song makes each.
+    """
+
+    def __init__(self, state: State) -> None:
+        size, g, device = state.size, state.size.geometry, state.device
+        self._size, self._n_windows = size, g.n_windows(size.n_frames)
+        self._denoiser: Any = make_stage("denoiser", size, device)
+        self._flow: Any = make_stage("flow", size, device)
+        self._mel_decoder, self._vocoder = (make_stage(name, size, device) for name in ("mel_decoder", "vocoder"))
+        self._frames = denoiser_inputs(state, size.n_frames, size.n_frames)
+        self._masked = self._frames["codes"][0] == size.denoiser.mask_id
+        self._window = flow_inputs(state)
+        rng = state.rng(9)
+        shape = (1, g.latent_channels // 2, g.window_latents, g.latent_bins)
+        self._latents = torch.randn(shape, device=device, generator=rng)
+        self._chunk = torch.randn(1, g.mel_bins, size.vocoder_frames, device=device, generator=rng) - 5
+        self._logits = self._step_logits()
+        n_chunks = n_vocoder_chunks(
+            g.window_latents * g.mel_frames_per_latent, size.vocoder_frames, max(1, size.vocoder_frames // 4)
+        )
+        self.parts: dict[str, Callable[[], Any]] = {
+            "denoiser": self._step_logits,
+            "sampler": lambda: public_sample(self._logits, self._masked, 10, 4.0, 100, 0.9),
+            "flow": lambda: public_flow(self._flow, **self._window),
+            "mel_decoder": lambda: _call(self._mel_decoder, latents=self._latents),
+            "vocoder": lambda: _call(self._vocoder, mel=self._chunk),
+        }
+        self.counts = {
+            "denoiser": size.steps[-1],
+            "sampler": size.steps[-1],
+            "flow": self._n_windows * size.flow_steps,
+            "mel_decoder": self._n_windows * 2,
+            "vocoder": self._n_windows * 2 * n_chunks,
+        }
+
+    def _step_logits(self) -> Tensor:
+        f = self._frames
+        return public_denoiser(self._denoiser.mask_predictor, f["vocal_codes"], f["codes"], f["prefix"])
+
+    def denoiser_error(self) -> float:
+        """Of the public denoiser against this project's stage, both in exact float32."""
+        with exact_float32():
+            return relative_error(self._step_logits()[0], _call(self._denoiser, **self._frames))
+
+    def whole_song(self) -> None:
+        """Every call of a song, in order. Nothing waits for the device in between, in the baseline's favour."""
+        for _ in range(self._size.steps[-1]):
+            self.parts["denoiser"]()
+            self.parts["sampler"]()
+        for _ in range(self._n_windows):
+            for _ in range(self._size.flow_steps):
+                self.parts["flow"]()
+            for _ in range(2):
+                self.parts["mel_decoder"]()
+                for _ in range(self.counts["vocoder"] // (2 * self._n_windows)):
+                    self.parts["vocoder"]()
+
+
+@torch.no_grad()
+def _call(stage: nn.Module, **inputs: Tensor) -> Tensor:
+    result: Tensor = stage(**inputs)
+    return result

@@ -47,8 +47,15 @@ class State:
         self.engines: dict[str, TorchEngine] = {}
         self.peak_tflops: float | None = None
         self.song: dict[str, Any] = {}
+        #: when the section that runs should be done, as time.monotonic counts; set, as `partial` is, by gpu_check
+        self.deadline = float("inf")
+        #: keeps what a section has found so far, should it not come to its end
+        self.partial: Callable[[dict[str, Any]], None] = lambda found: None
         self._attention = contextlib.ExitStack()
         self._lines: list[str] = []
+
+    def time_left(self) -> float:
+        return self.deadline - time.monotonic()
 
     def say(self, line: str) -> None:
         self._lines.append(line)

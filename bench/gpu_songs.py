@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import gpu_sections
 import numpy as np
 import torch
-from gpu_baseline import n_vocoder_chunks, public_denoiser, public_flow, public_sample
+from gpu_baseline import PublicSong
 from gpu_models import OUTPUTS, PREFIX_SLOTS, flops, make_stage
 from gpu_sections import State, relative_error, timed
-from lada_rt.decode import Crossfade, LatentStats, rendered_samples
+from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_window, render_windows
+from lada_rt.denoise import denoise
 from lada_rt.encode import encode
 from lada_rt.params import GenerationParams
 from lada_rt.schedule import mask_counts
 from lada_rt.stream import Cancel, run_ahead
 from lada_rt.torch_loop.memory import memory_plan
-from lada_rt.torch_loop.path import engines_on_device, warm_up
-from lada_rt_export.models.stages_denoiser import DenoiserStage
-from lada_rt_export.models.stages_mucodec import FlowStage, VocoderStage
+from lada_rt.torch_loop.path import engines_on_device
 
-__all__ = ["SECTIONS"]
+__all__ = ["SECTIONS", "Section"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the check: its name, rough seconds at full size on an H200, what it does."""
+
+    name: str
+    estimate_s: float
+    run: Callable[[State], dict[str, Any]]
+    essential: bool = True
 
 
 def _stats(state: State) -> LatentStats:
@@ -66,24 +75,14 @@ def generate(state: State, path: dict[str, Any], seconds: float, params: Generat
     start = time.perf_counter()
     vocal_codes = encode(path["encoder"], vocal, g)
     encoded_s = time.perf_counter() - start
-    codes = path["denoiser"].denoise(vocal_codes, prefix, params, state.size.denoiser.mask_id, on_step=mark("denoise"))
+    codes = denoise(path["denoiser"], vocal_codes, prefix, params, state.size.denoiser.mask_id, on_step=mark("denoise"))
     denoised_s = time.perf_counter() - start
-    n_samples = g.n_samples(len(codes))
-    crossfade, pieces, first_audio_s = Crossfade(g, n_samples), [], 0.0
-    latents = path["flow"].decode_latents(
-        codes,
-        _stats(state),
-        g,
-        n_steps=params.flow_steps,
-        guidance=params.guidance,
-        noise=path["flow"].seeded_noise(params.seed, g),
-        on_step=mark("flow"),
-    )
-    n_windows = g.n_windows(len(codes))
-    for index, window in enumerate(run_ahead(latents, Cancel())):
-        audio = window.render(rendered_samples(index, n_samples, g))
-        pieces.append(crossfade.push(audio, last=index + 1 == n_windows))
+    n_windows, n_samples = g.n_windows(len(codes)), g.n_samples(len(codes))
+    latents = _latents(state, path, codes, params, on_step=mark("flow"))
+    pieces, first_audio_s = [], 0.0
+    for piece in render_windows(path, run_ahead(latents, Cancel()), g, windows=range(n_windows), stop_sample=n_samples):
         first_audio_s = first_audio_s or time.perf_counter() - start
+        pieces.append(piece)
     total_s = time.perf_counter() - start
     audio = np.concatenate(pieces, axis=1)
     assert audio.shape == (2, n_samples)
@@ -106,6 +105,34 @@ def generate(state: State, path: dict[str, Any], seconds: float, params: Generat
     }
 
 
+def _latents(
+    state: State, path: dict[str, Any], codes: np.ndarray, params: GenerationParams, **options: Any
+) -> Iterator[Any]:
+    return decode_latents(
+        path["flow"],
+        codes,
+        _stats(state),
+        state.size.geometry,
+        n_steps=params.flow_steps,
+        guidance=params.guidance,
+        noise=SeededNoise(params.seed, state.size.geometry),
+        **options,
+    )
+
+
+def _warm(state: State, path: dict[str, Any], seconds: float, params: GenerationParams) -> float:
+    """Seconds of the first denoising at a length and the first window, which load kernels and capture graphs."""
+    g = state.size.geometry
+    n_codes = g.n_codes(round(seconds * g.sample_rate_hz))
+    slots = np.zeros((PREFIX_SLOTS, state.size.denoiser.condition_size), np.float32)
+    begin = time.perf_counter()
+    codes = denoise(path["denoiser"], np.zeros(n_codes, np.int64), slots, params, state.size.denoiser.mask_id)
+    (window,) = _latents(state, path, codes, params, windows=range(1))
+    render_window(path, window, min(g.window_samples, g.n_samples(n_codes)), g)
+    _sync(state)
+    return time.perf_counter() - begin
+
+
 def _gaps(marks: list[Any]) -> list[float]:
     if marks and isinstance(marks[0], float):
         return [after - before for before, after in pairwise(marks)]
@@ -122,47 +149,42 @@ def denoise_work(state: State, n_codes: int, params: GenerationParams) -> float:
 
 
 def songs(state: State) -> dict[str, Any]:
-    """Whole songs at every length and number of steps, graphs captured before."""
+    """Whole songs at every length and number of steps, graphs captured before; the middle length first."""
     size, g = state.size, state.size.geometry
-    path: dict[str, Any] = dict(engines_on_device(state.engines, g, state.device))
+    path: dict[str, Any] = dict(engines_on_device(state.engines, g))
     weights = sum(engine.n_bytes for engine in state.engines.values())
-    runs = []
-    if state.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    for seconds in size.seconds:
-        for steps in size.steps:
-            params = GenerationParams(steps=steps, flow_steps=size.flow_steps)
-            # the first run of a length captures its graphs; a service does that in warm_up
-            begin = time.perf_counter()
-            warm_up(
-                path,
-                _stats(state),
-                g,
-                size.denoiser.mask_id,
-                size.denoiser.condition_size,
-                seconds=seconds,
-                params=params,
-            )
-            _sync(state)
-            warm_s = time.perf_counter() - begin
-            run = generate(state, path, seconds, params)
-            run["warm_up_s"] = warm_s
-            # Reserved, not allocated: what is free inside a graph's memory is of no use to anyone else. It holds the
-            # graphs of the shorter songs before too.
-            run["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9 if state.device.type == "cuda" else 0.0
-            run["planned_gb"] = memory_plan(weights, g, seconds).peak / 1e9
-            work = denoise_work(state, g.n_codes(round(seconds * g.sample_rate_hz)), params)
-            run["denoiser"] = state.fraction(int(work), run["denoise_s"])
-            # a step beside which a window is rendered counts in full
-            run["flow"] = state.fraction(flops("flow", size, batch=2), float(np.median(run["flow_step_s"])))
-            runs.append(run)
-            state.say(
-                f"{run['audio_s']:.2f} s, {steps} steps: {run['total_s']:.3f} s, RTF {run['rtf']:.4f}, denoise "
-                f"{run['denoise_s']:.3f}, decode {run['decode_s']:.3f}, peak {run['peak_gb']:.1f} GB"
-            )
-    state.song = max((r for r in runs if r["audio_s"] < size.seconds[1] + 1), key=lambda r: (r["audio_s"], r["steps"]))
-    return {"weights_gb": weights / 1e9, "runs": runs}
+    found: dict[str, Any] = {"weights_gb": weights / 1e9, "runs": [], "left_out": []}
+    lengths = [size.seconds[1], *(s for s in size.seconds if s != size.seconds[1])]
+    warmed: set[float] = set()
+    for seconds, steps in product(lengths, sorted(size.steps, reverse=True)):
+        if state.time_left() < 0:
+            found["left_out"].append(f"{seconds:g} s, {steps} steps")
+            continue
+        if state.device.type == "cuda":
+            # Reserved, not allocated, is counted below: what is free inside a graph's memory is of no use to others.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        params = GenerationParams(steps=steps, flow_steps=size.flow_steps)
+        # a service does this before the first song (Pipeline.warmup)
+        warm_s = 0.0 if seconds in warmed else _warm(state, path, seconds, params)
+        warmed.add(seconds)
+        run = generate(state, path, seconds, params)
+        run["warm_up_s"] = warm_s
+        run["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9 if state.device.type == "cuda" else 0.0
+        run["planned_gb"] = memory_plan(weights, g, seconds).peak / 1e9
+        work = denoise_work(state, g.n_codes(round(seconds * g.sample_rate_hz)), params)
+        run["denoiser"] = state.fraction(int(work), run["denoise_s"])
+        # a step beside which a window is rendered counts in full
+        run["flow"] = state.fraction(flops("flow", size, batch=2), float(np.median(run["flow_step_s"])))
+        found["runs"].append(run)
+        if seconds == size.seconds[1] and steps == max(size.steps):
+            state.song = run
+        state.partial(found)
+        state.say(
+            f"{run['audio_s']:.2f} s, {steps} steps: {run['total_s']:.3f} s, RTF {run['rtf']:.4f}, denoise "
+            f"{run['denoise_s']:.3f}, decode {run['decode_s']:.3f}, peak {run['peak_gb']:.1f} GB"
+        )
+    return found
 
 
 def quiet_loop(state: State) -> dict[str, Any]:
@@ -176,15 +198,12 @@ def quiet_loop(state: State) -> dict[str, Any]:
     codes: list[np.ndarray] = []
     latents: list[np.ndarray] = []
     for capture in (False, True):
-        path: dict[str, Any] = dict(engines_on_device(state.engines, g, state.device, capture=capture))
+        path: dict[str, Any] = dict(engines_on_device(state.engines, g, capture=capture))
 
         def run(path: dict[str, Any] = path) -> tuple[np.ndarray, np.ndarray]:
-            drawn = path["denoiser"].denoise(vocal, prefix, params, size.denoiser.mask_id)
-            noise = path["flow"].seeded_noise(1, g)
-            windows = path["flow"].decode_latents(
-                codes[0] if codes else drawn, _stats(state), g, n_steps=2, guidance=1.5, noise=noise, windows=range(1)
-            )
-            return drawn, np.asarray(next(windows))
+            drawn = denoise(path["denoiser"], vocal, prefix, params, size.denoiser.mask_id)
+            (window,) = _latents(state, path, codes[0] if codes else drawn, params, windows=range(1))
+            return drawn, np.asarray(window)
 
         drawn, window = run()
         if state.device.type == "cuda" and capture:
@@ -204,60 +223,37 @@ def quiet_loop(state: State) -> dict[str, Any]:
 
 
 def baseline(state: State) -> dict[str, Any]:
-    """The same song the public way. One step, one window, one chunk are measured; the whole is their sum."""
-    size, g, device = state.size, state.size.geometry, state.device
-    n_codes = size.n_frames
-    n_windows, steps = g.n_windows(n_codes), size.steps[-1]
-    found: dict[str, Any] = {"extrapolated": True, "audio_s": g.n_samples(n_codes) / g.sample_rate_hz, "steps": steps}
-    before = torch.get_float32_matmul_precision()
+    """The same song the public way: each part timed alone, and then, if there is time, the whole song."""
+    found: dict[str, Any] = {"steps": state.size.steps[-1]}
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     try:
-        stage: Any = make_stage("denoiser", size, device)
-        assert isinstance(stage, DenoiserStage)
-        given = gpu_sections.denoiser_inputs(state, n_codes, n_codes)
-        with gpu_sections.exact_float32():
-            ours = stage(**given)
-            theirs = public_denoiser(stage.mask_predictor, given["vocal_codes"], given["codes"], given["prefix"])
-        found["same_logits"] = state.check(
-            "public denoiser against ours, float32", relative_error(theirs[0], ours), 1e-4
-        )
-        masked = given["codes"][0] == size.denoiser.mask_id
-        inputs = (given["vocal_codes"], given["codes"], given["prefix"])
-        found["denoiser"] = timed(partial(public_denoiser, stage.mask_predictor, *inputs), device, 3, 1)
-        found["sampler"] = timed(partial(public_sample, theirs, masked, 10, 4.0, 100, 0.9), device, 3, 1)
-        del ours, theirs
-
-        stage = make_stage("flow", size, device)
-        assert isinstance(stage, FlowStage)
-        window = gpu_sections.flow_inputs(state)
-        found["flow"] = timed(lambda: public_flow(stage, **window), device, 3, 1)
-        rng = state.rng(9)
-        latents = torch.randn(1, g.latent_channels // 2, g.window_latents, g.latent_bins, device=device, generator=rng)
-        stage = make_stage("mel_decoder", size, device)
-        with torch.no_grad():
-            found["mel_decoder"] = timed(lambda: stage(latents=latents), device, 3, 1)
-        stage = make_stage("vocoder", size, device)
-        assert isinstance(stage, VocoderStage)
-        chunk = torch.randn(1, g.mel_bins, size.vocoder_frames, device=device, generator=rng) - 5
-        with torch.no_grad():
-            found["vocoder_chunk"] = timed(lambda: stage(mel=chunk), device, 3, 1)
+        public = PublicSong(state)
+        found["same_logits"] = state.check("public denoiser against ours, float32", public.denoiser_error(), 1e-4)
+        found["parts"] = parts = {name: timed(run, state.device, 3, 1) for name, run in public.parts.items()}
+        # encoding is ours: it is one pass through the same network
+        seconds = {name: public.counts[name] * part["median_s"] for name, part in parts.items()}
+        found["parts_s"] = {"encode": state.song.get("encode_s", 0.0), **seconds}
+        found["extrapolated_s"] = found["total_s"] = sum(found["parts_s"].values())
+        found["extrapolated"] = True
+        state.partial(found)
+        if found["extrapolated_s"] < state.time_left():
+            _sync(state)
+            begin = time.perf_counter()
+            public.whole_song()
+            _sync(state)
+            found["whole_s"] = found["total_s"] = found["parts_s"]["encode"] + time.perf_counter() - begin
+            found["extrapolated"] = False
     finally:
-        torch.set_float32_matmul_precision(before)
-    mel_frames = g.window_latents * g.mel_frames_per_latent
-    n_chunks = n_vocoder_chunks(mel_frames, size.vocoder_frames, max(1, size.vocoder_frames // 4))
-    parts = {
-        "encode": state.song.get("encode_s", 0.0),
-        "denoise": steps * (found["denoiser"]["median_s"] + found["sampler"]["median_s"]),
-        "flow": n_windows * size.flow_steps * found["flow"]["median_s"],
-        "mel_decoder": n_windows * 2 * found["mel_decoder"]["median_s"],
-        "vocoder": n_windows * 2 * n_chunks * found["vocoder_chunk"]["median_s"],
-    }
-    total = sum(parts.values())
-    found |= {"parts_s": parts, "total_s": total, "rtf": total / found["audio_s"]}
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    found["audio_s"] = state.size.geometry.n_samples(state.size.n_frames) / state.size.geometry.sample_rate_hz
+    found["rtf"] = found["total_s"] / found["audio_s"]
     if state.song:
-        found["speedup"] = total / state.song["total_s"]
-    state.say(", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items()) + f"; in all {total:.2f} s")
+        found["speedup"] = found["total_s"] / state.song["total_s"]
+    state.say(", ".join(f"{name} {part:.2f} s" for name, part in found["parts_s"].items()))
+    state.say(f"in all {found['total_s']:.2f} s{' (extrapolated)' if found['extrapolated'] else ''}")
     return found
 
 
@@ -295,16 +291,16 @@ def package(state: State) -> dict[str, Any]:
     return {"build_s": built_s, "proof": description["proof"], "step": seconds | rate, "outputs": list(OUTPUTS["flow"])}
 
 
-#: name, rough seconds at full size on an H200, function. What matters most comes first.
-SECTIONS: list[tuple[str, float, Callable[[State], dict[str, Any]]]] = [
-    ("ceilings", 10, gpu_sections.ceilings),
-    ("kernels", 30, gpu_sections.kernels),
-    ("attention", 10, gpu_sections.attention),
-    ("engines", 90, gpu_sections.engines),
-    ("sound", 45, gpu_sections.sound),
-    ("stage_times", 15, gpu_sections.stage_times),
-    ("songs", 90, songs),
-    ("baseline", 40, baseline),
-    ("quiet_loop", 15, quiet_loop),
-    ("package", 150, package),
+#: In order of running. What is essential keeps its time when something before it is slow (gpu_check.Clock).
+SECTIONS = [
+    Section("ceilings", 10, gpu_sections.ceilings),
+    Section("kernels", 30, gpu_sections.kernels),
+    Section("attention", 10, gpu_sections.attention, essential=False),
+    Section("engines", 90, gpu_sections.engines),
+    Section("sound", 45, gpu_sections.sound),
+    Section("songs", 90, songs),
+    Section("baseline", 60, baseline),
+    Section("stage_times", 15, gpu_sections.stage_times, essential=False),
+    Section("quiet_loop", 15, quiet_loop, essential=False),
+    Section("package", 120, package, essential=False),
 ]

@@ -44,8 +44,13 @@ def test_every_section_runs_and_is_right(tmp_path: Path) -> None:
         assert len(song["flow_step_s"]) == song["windows"] * song["flow_steps"]
         assert 0 < song["first_audio_s"] <= song["total_s"]
         assert song["rtf"] == pytest.approx(song["total_s"] / song["audio_s"], rel=1e-4)
-    assert found["baseline"]["extrapolated"]
-    assert found["baseline"]["total_s"] == pytest.approx(sum(found["baseline"]["parts_s"].values()), rel=1e-4)
+    baseline = found["baseline"]
+    assert baseline["extrapolated_s"] == pytest.approx(sum(baseline["parts_s"].values()), rel=1e-4)
+    assert not baseline["extrapolated"]
+    assert baseline["total_s"] == baseline["whole_s"]
+    target = max((r for r in found["songs"]["runs"] if r["audio_s"] < 1.3), key=lambda r: (r["audio_s"], r["steps"]))
+    assert baseline["speedup"] == pytest.approx(baseline["total_s"] / target["total_s"], rel=1e-4)
+    assert (baseline["steps"], baseline["audio_s"]) == (target["steps"], target["audio_s"])
     assert found["sound"]["vocoder"]["chosen"] in found["sound"]["vocoder"]
     assert "RTF" in done.stdout
 
@@ -66,6 +71,45 @@ def test_sections_that_do_not_fit_the_time_are_skipped(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert set(json.loads(path.read_text())["skipped"]) == SECTIONS
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {bench!r})
+import gpu_check
+from gpu_songs import Section
+
+def slow(state):
+    for n in range(1000):
+        state.partial({{"n": n}})
+        time.sleep(0.05)
+
+def left(state):
+    return {{"left_s": state.time_left()}}
+
+gpu_check.SECTIONS = [
+    Section("slow", 1, slow),
+    Section("extra", 1, left, essential=False),
+    Section("needed", 2, left),
+    Section("last", 1, left, essential=False),
+]
+sys.exit(gpu_check.main(["--device", "cpu", "--budget-s", "5", "--json", {path!r}]))
+"""
+
+
+def test_a_slow_section_leaves_the_essential_ones_their_time(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    script = SLOW.format(bench=str(SCRIPT.parent), path=str(path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(path.read_text())
+    assert found["failed"] == {"slow": "TookTooLong: stopped after 3 s, its limit"}
+    assert found["slow"]["n"] > 10  # what it had found
+    assert 2.9 < found["seconds"]["slow"] < 3.9
+    assert 1.5 < found["needed"]["left_s"] <= 2
+    assert set(found["skipped"]) == {"extra"}
+    assert "last" in found
+    assert not found["right"]
 
 
 def test_no_gpu_is_said_in_one_line() -> None:

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SAMPLE_TYPES = {
-    "logits_ptr": "*bf16",
+    "logits_ptr": "*fp32",
     "positions_ptr": "*i64",
     "noise_ptr": "*fp32",
     "tokens_ptr": "*i32",
@@ -43,9 +43,26 @@ REMASK_TYPES = {
 }
 
 
-def lower(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
+#: every form in which the launchers of sample.py and remask.py call their kernels, by what differs
+SAMPLE_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    # the denoiser's logits are float32; candidates among group maxima
+    "float32": ("*fp32", {"SLOTS": 512, "BY_COUNT": True, "BY_MASS": True, "HAS_NOISE": False, "WRITE_PROBS": False}),
+    "bfloat16": ("*bf16", {"SLOTS": 512, "BY_COUNT": True, "BY_MASS": True, "HAS_NOISE": False, "WRITE_PROBS": False}),
+    "no-count": ("*fp32", {"SLOTS": 0, "BY_COUNT": False, "BY_MASS": True, "HAS_NOISE": True, "WRITE_PROBS": False}),
+    "no-filter": ("*fp32", {"SLOTS": 0, "BY_COUNT": False, "BY_MASS": False, "HAS_NOISE": False, "WRITE_PROBS": False}),
+    "probs": ("*fp32", {"SLOTS": 0, "BY_COUNT": True, "BY_MASS": True, "HAS_NOISE": False, "WRITE_PROBS": True}),
+}
+REMASK_FORMS: dict[str, dict[str, Any]] = {
+    "noisy": {"BLOCK": 16384, "BY_CONFIDENCE": True, "HAS_TAU": True, "HAS_NOISE": False},
+    "plain": {"BLOCK": 1024, "BY_CONFIDENCE": True, "HAS_TAU": False, "HAS_NOISE": False},
+    "random": {"BLOCK": 8192, "BY_CONFIDENCE": False, "HAS_TAU": False, "HAS_NOISE": False},
+    "recorded": {"BLOCK": 64, "BY_CONFIDENCE": True, "HAS_TAU": True, "HAS_NOISE": True},
+}
+
+
+def lower(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, n_warps: int) -> None:
     source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
-    options = {"num_warps": 16, "enable_fp_fusion": False}
+    options = {"num_warps": n_warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     # A fused multiply-add would round differently from the other implementations.
@@ -53,9 +70,10 @@ def lower(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 
 
 for capability in (80, 90):
-    flags = {"BY_COUNT": True, "BY_MASS": True, "HAS_NOISE": False, "WRITE_PROBS": False}
-    lower(_sample_kernel, SAMPLE_TYPES, {"BLOCK": 16384, "SLOTS": 512, **flags}, capability)
-    print("sample", capability)
-    flags = {"BY_CONFIDENCE": True, "HAS_TAU": True, "HAS_NOISE": False}
-    lower(_remask_kernel, REMASK_TYPES, {"BLOCK": 16384, **flags}, capability)
-    print("remask", capability)
+    for form, (logits, flags) in SAMPLE_FORMS.items():
+        if form in ("float32", "probs") or capability == 90:  # the others hold parts of these two
+            lower(_sample_kernel, {**SAMPLE_TYPES, "logits_ptr": logits}, {"BLOCK": 16384, **flags}, capability, 16)
+            print(f"{_sample_kernel.__name__} {form} {capability}")
+    for form, flags in REMASK_FORMS.items():
+        lower(_remask_kernel, REMASK_TYPES, flags, capability, 16 if flags["BLOCK"] > 2048 else 4)
+        print(f"{_remask_kernel.__name__} {form} {capability}")

@@ -9,6 +9,9 @@ N_BUCKETS = 8
 
 
 def row_bucket(n_rows: int, n_frames: int) -> int:
-    """Rows that the denoiser evaluates when `n_rows` of `n_frames` are masked: a multiple of 8, n_rows or more."""
+    """Rows that the denoiser evaluates when `n_rows` of `n_frames` are masked: n_rows or more.
+
+    A multiple of 8, or all frames: an engine takes no more rows than it takes frames. A shorter song counts as 8.
+    """
     size = -(-n_frames // (N_BUCKETS * 8)) * 8
-    return -(-n_rows // size) * size
+    return min(-(-n_rows // size) * size, max(n_frames, 8))

@@ -134,7 +134,11 @@ def philox_words(
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
-    words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, stream)]
+    # full, not as_tensor: a number copied to a GPU would be waited for
+    words = [
+        c.to(device, torch.int64) if isinstance(c, Tensor) else torch.full((), c, dtype=torch.int64, device=device)
+        for c in (c0, c1, c2, stream)
+    ]
     x0, x1, x2, x3 = torch.broadcast_tensors(*words)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):

@@ -34,6 +34,15 @@ def test_the_precision_of_each_stage() -> None:
         stage_precisions("fp16,ref_encoder=fp16")
 
 
+def test_half_precision_must_not_be_heard(source: ReleaseSource) -> None:
+    """-60 dB for what makes the sound, more for what is sampled from or integrated."""
+    allowed = {
+        (name, precision): stage_spec(name, source.module(name), source.sizes, precision).tolerance
+        for name, precision in [("vocoder", "fp16"), ("mel_decoder", "bf16"), ("vocoder", "fp32"), ("flow", "fp16")]
+    }
+    assert list(allowed.values()) == [1e-3, 1e-3, 1e-4, 1e-2]
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "words"),
     [("denoiser", "fp16", "graph in ONNX Runtime"), ("denoiser", "bf16", "torch module"), ("flow", "fp16", "graph in")],

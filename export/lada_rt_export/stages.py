@@ -43,6 +43,8 @@ ALLOWED: Final[Mapping[str, tuple[str, ...]]] = {
 FOLLOWS: Final = ("denoiser", "flow")
 #: precision -> allowed largest difference over largest reference value, both of the float32 module
 TOLERANCES: Final[Mapping[str, float]] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
+#: what mel decoder and vocoder may lose in half precision: -60 dB
+SOUND_TOLERANCE: Final = 1e-3
 #: share of codes that may differ: two codewords can be equally near within rounding
 CODE_MISMATCH_TOLERANCE: Final = 0.01
 
@@ -119,7 +121,10 @@ class StageSpec:
 
     @property
     def tolerance(self) -> float:
-        return CODE_MISMATCH_TOLERANCE if self.name == "encoder" else TOLERANCES[self.precision]
+        if self.name == "encoder":
+            return CODE_MISMATCH_TOLERANCE
+        heard = self.name in ("mel_decoder", "vocoder")
+        return min(TOLERANCES[self.precision], SOUND_TOLERANCE) if heard else TOLERANCES[self.precision]
 
     @property
     def weight_bytes(self) -> int:

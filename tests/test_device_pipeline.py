@@ -6,6 +6,7 @@ them, with the C++ kernels, the other those of torch_loop.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ import pytest
 import torch
 from device_stages import CPU, DENOISER, GEOMETRY, MASK, VOCAB, engines_of, exact_engine, small_modules, whole_engines
 from lada_rt import EngineError, GenerationCancelled, GenerationParams, ParamError, Pipeline, cli
-from lada_rt.bundle import Bundle
+from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache
 from lada_rt.engines.base import loop_of
 from lada_rt.engines.cache import EngineKey, write_engine
@@ -282,6 +283,28 @@ def test_warming_up_meets_every_stage(bundle: Bundle, engines: dict[str, Any]) -
     for bad in (0, -1, float("nan"), True, "3"):
         with pytest.raises(ParamError, match="seconds"):
             pipe.warmup(bad)  # type: ignore[arg-type]
+
+
+# -- the memory plan
+
+
+def test_inspect_prints_the_memory_plan_without_torch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "torch", "triton")
+    assert cli.run(["inspect", "--json", str(tmp_path / "plain.json")]) == 0
+    assert "planned GB" not in capfd.readouterr().out
+    assert cli.run(["inspect", "--device", "cuda", "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capfd.readouterr().out
+    assert "planned GB on a GPU" in printed
+    assert "163.84 s" in printed
+    plans = json.loads((tmp_path / "plan.json").read_text())["memory_plans"]
+    assert list(plans) == ["30", "163.84", "240", "360"]
+    sizes = Bundle.open(demo_bundle_path()).stages.values()
+    assert {plan["weights"] for plan in plans.values()} == {sum(stage.bytes for stage in sizes)}
+    peaks = [plan["peak"] for plan in plans.values()]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] < 4e9  # the demo's networks, not the released ones
 
 
 # -- what is missing

@@ -20,6 +20,8 @@ import pytest
 import torch
 from device_stages import CPU, DENOISER, GEOMETRY, MASK, VOCAB, engines_of, exact_engine, small_modules, whole_engines
 from lada_rt import EngineError, GenerationCancelled, GenerationParams, ParamError, Pipeline, cli
+from lada_rt.bench.check import Recorder
+from lada_rt.bench.loops import check_loops, have_loops
 from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache
 from lada_rt.engines.base import loop_of
@@ -226,6 +228,44 @@ def test_a_song_that_waits_for_its_turn_can_be_cancelled(bundle: Bundle, engines
     assert time.monotonic() < start + 5
     gate.set()
     first.join()
+
+
+# -- what is measured is checked
+
+
+def test_loops_are_checked_before_they_are_timed(
+    bundle: Bundle, device: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(device._engines, PARAMS.steps, PARAMS.flow_steps)
+    result = Pipeline(bundle, recorder.engines, backend="torch", device="cpu").generate(VOCAL, params=PARAMS)
+    assert len(recorder.rows) == PARAMS.steps  # seen, so they ran on the host
+    assert have_loops(device._engines)
+    assert not have_loops(recorder.engines)
+    errors = check_loops(bundle, device._engines, recorder, PARAMS, result)
+    assert errors["loop, one draw"] == 0
+    assert errors["loop, audio"] < AUDIO
+
+    def other(name: str, change: Callable[..., Any]) -> dict[str, Any]:
+        class Changed:
+            run = device._engines[name].run
+            loop = staticmethod(change)
+
+        return {**device._engines, name: Changed()}
+
+    loops = {name: loop_of(engine) for name, engine in device._engines.items()}
+    draw, decode = loops["denoiser"], loops["flow"]
+    assert draw is not None
+    assert decode is not None
+
+    def other_seed(vocal: Any, prefix: Any, params: GenerationParams, mask_id: int, **options: Any) -> Any:
+        return draw(vocal, prefix, replace(params, seed=params.seed + 1), mask_id, **options)
+
+    def less_guided(*args: Any, **options: Any) -> Any:
+        return decode(*args, **{**options, "guidance": 1.2})
+
+    for engines, what in ((other("denoiser", other_seed), "one draw"), (other("flow", less_guided), "audio")):
+        with pytest.raises(EngineError, match=f"check: loop, {what}: expected an error of at most"):
+            check_loops(bundle, engines, recorder, PARAMS, result)
 
 
 class OutOfMemory:

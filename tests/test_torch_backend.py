@@ -173,6 +173,20 @@ def test_replay_without_a_gpu_calls_the_function() -> None:
     assert x.tolist() == [2.0, 2.0, 2.0]
 
 
+def test_what_was_made_for_a_length_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a graph's memory is gigabytes, and a cycle of references waits for the collector."""
+    monkeypatch.setattr("lada_rt.torch_loop.denoise.MAX_LENGTHS", 2)
+    loop = DenoiseLoop(exact_engine(), CPU)
+    made: dict[int, Replay] = {}
+    for n_frames in (20, 30, 20, 40):
+        loop.denoise(*song(n_frames), GenerationParams(steps=1), MASK)
+        made[n_frames] = next(iter(loop._lengths[n_frames, 2, 8]._replays.values()))
+    assert [key[0] for key in loop._lengths] == [20, 40]
+    with pytest.raises(AssertionError, match="released"):
+        made[30]()
+    assert made[20]() is not None
+
+
 def test_compiled_blocks_are_marked_but_for_the_last_layer(modules: dict[str, nn.Module]) -> None:
     (part,) = stage_parts("denoiser", modules["denoiser"], ("logits",), precision="fp32", device=CPU)
     compile_blocks(part.module)

@@ -65,6 +65,10 @@ class _Length:
         assert logits is not None
         return logits[:n_rows]
 
+    def release(self) -> None:
+        for replay in self._replays.values():
+            replay.release()
+
     def _evaluate(self, bucket: int) -> Tensor:
         return self._engine.run_device(
             vocal_codes=self.vocal_codes, codes=self.codes, prefix=self.prefix, rows=self.rows[:bucket]
@@ -202,7 +206,7 @@ class DenoiseLoop:
         key = (n_frames, *prefix_shape)
         if key not in self._lengths:
             while len(self._lengths) >= MAX_LENGTHS:
-                self._lengths.popitem(last=False)
+                self._lengths.popitem(last=False)[1].release()
             self._lengths[key] = _Length(self._engine, n_frames, prefix_shape, self._pool)
         self._lengths.move_to_end(key)
         return self._lengths[key]

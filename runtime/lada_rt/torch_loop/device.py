@@ -138,6 +138,8 @@ class GraphPool:
 
 
 _of_thread = threading.local()
+#: one capture at a time in a process: captures share torch's generator and parts of its allocator
+_capturing = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -164,11 +166,13 @@ class Replay:
     def __init__(self, function: Callable[[], Tensor | None], pool: GraphPool) -> None:
         """Capture `function`. It runs once before that, so what it changes must not matter yet."""
         self._function = function
+        self._device = pool.device
         self._graph: Any = None
         self._result: Tensor | None = None
         self._holds: list[object] = []
         if pool.captures:
-            self._capture(pool)
+            with _capturing:
+                self._capture(pool)
 
     def _capture(self, pool: GraphPool) -> None:
         caller = torch.cuda.current_stream(pool.device)
@@ -197,6 +201,21 @@ class Replay:
             return self._function()
         self._graph.replay()
         return self._result
+
+    def release(self) -> None:
+        """Give the graph's memory back, now and not when Python finds time for it; not to be called again.
+
+        The graph's last run must be in the current stream, or before an event that this stream waits for.
+        """
+        if self._graph is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+        self._graph = self._result = None
+        self._function = _released
+        self._holds.clear()
+
+
+def _released() -> Tensor | None:
+    raise AssertionError("a released function was called")
 
 
 class Pace:

@@ -168,7 +168,7 @@ class FlowSolver:
         key = (*shape, n_codes, halves, n_steps)
         if key not in self._windows:
             while len(self._windows) >= MAX_WINDOWS:
-                self._windows.popitem(last=False)
+                self._windows.popitem(last=False)[1].advance.release()
             self._windows[key] = _Window(self._engines, shape, n_codes, halves, n_steps, self._pool)
         self._windows.move_to_end(key)
         return self._windows[key]

@@ -93,8 +93,8 @@ def _limit(section: Section, later: list[Section], left_s: float) -> float:
     return max(spare_s, min(section.estimate_s, left_s)) if section.essential else spare_s
 
 
-class TookTooLong(Exception):
-    """A section is at its limit."""
+class TookTooLong(BaseException):
+    """A section is at its limit. No `Exception`, which a section may catch and go on."""
 
 
 def _run(section: Section, limit_s: float, state: State, report: dict[str, Any], path: Path) -> None:
@@ -114,7 +114,7 @@ def _run(section: Section, limit_s: float, state: State, report: dict[str, Any],
         signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         report[section.name] = section.run(state)
-    except Exception as error:
+    except (Exception, TookTooLong) as error:
         report["failed"][section.name] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         traceback.print_exc()
     finally:

@@ -126,24 +126,64 @@ def test_silence_has_no_onsets() -> None:
 # the check
 
 
-def recorded_run(folder: Path, engines: dict[str, Any] | None = None, steps: int = 3) -> tuple[Any, ...]:
+def recorded_run(
+    folder: Path, engines: dict[str, Any] | None = None, steps: int = 3, seconds: float = 2.0
+) -> tuple[Any, ...]:
     bundle = Bundle.open(write_stub_bundle(folder / "check.bundle"))
     params = GenerationParams(steps=steps, flow_steps=3)
     recorder = Recorder(engines or stub_engines(), steps, 3)
     pipeline = Pipeline(bundle, recorder.engines, backend="stub", device="cpu")
-    result = pipeline.generate((sung(2 * RATE), RATE), text="soul", params=params)
+    result = pipeline.generate((sung(round(seconds * RATE)), RATE), text="soul", params=params)
     return bundle, recorder, params, result.codes, result.audio
 
 
-def stub_reference(stage: str, inputs: Any) -> dict[str, np.ndarray]:
-    return stub_engines()[stage].run(**inputs)  # type: ignore[attr-defined]  # stubs are plain objects
+class StubReference:
+    def __call__(self, stage: str, inputs: Any) -> dict[str, np.ndarray]:
+        return stub_engines()[stage].run(**inputs)  # type: ignore[attr-defined]  # stubs are plain objects
+
+    def release(self) -> None:
+        pass
+
+
+stub_reference = StubReference()
 
 
 def test_a_right_run_passes(tmp_path: Path) -> None:
     errors = check_run(*recorded_run(tmp_path), stub_reference)
     stages = {"encoder", "text_encoder", "denoiser", "flow", "mel_decoder", "vocoder"}
-    assert set(errors) == stages | {"schedule", "nucleus", "euler", "window", "form"}
+    between = {"schedule", "nucleus", "euler", "window", "second window", "context", "seam", "right channel", "form"}
+    assert set(errors) == stages | between
     assert max(errors.values()) < 1e-5
+
+
+def test_a_right_run_of_two_windows_passes(tmp_path: Path) -> None:
+    bundle, recorder, params, codes, audio = recorded_run(tmp_path, seconds=50)
+    assert set(recorder.calls["flow"]) == {0, 1, 2, 3}
+    assert set(recorder.calls["mel_decoder"]) == {0, 1, 2}
+    assert max(check_run(bundle, recorder, params, codes, audio, stub_reference).values()) < 1e-5
+
+
+def test_a_wrong_second_window_is_found(tmp_path: Path) -> None:
+    bundle, recorder, params, codes, audio = recorded_run(tmp_path, seconds=50)
+
+    def refused(name: str) -> Any:
+        return pytest.raises(EngineError, match=f"check: {name} differs")
+
+    hop = bundle.geometry.hop_samples
+    hard_cut = audio.copy()  # the first window to its end, then the second
+    hard_cut[0, hop:] *= np.linspace(1, 0.9, audio.shape[1] - hop).astype(np.float32)
+    with refused("seam"):
+        check_run(bundle, recorder, params, codes, hard_cut, stub_reference)
+    with refused("right channel"):
+        check_run(bundle, recorder, params, codes, np.stack([audio[0], audio[0]]), stub_reference)
+    inputs, outputs = recorder.calls["flow"][3]
+    for name, change in (("context", np.zeros_like(inputs["context"])), ("codes", np.roll(inputs["codes"], 1))):
+        recorder.calls["flow"][3] = ({**inputs, name: change}, outputs)
+        with refused("flow|context|second window"):
+            check_run(bundle, recorder, params, codes, audio, stub_reference)
+        recorder.calls["flow"][3] = ({**inputs, name: change}, StubReference()("flow", {**inputs, name: change}))
+        with refused("context" if name == "context" else "second window"):
+            check_run(bundle, recorder, params, codes, audio, stub_reference)
 
 
 class Wrong:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lada_rt.engines.onnxruntime import OnnxEngine
 from lada_rt.errors import ExportError, ParamError
-from lada_rt_export import stage_graph, stages, to_onnx
+from lada_rt_export import stage_graph, stages
 from lada_rt_export.proof import ModuleEngine, output_error, prove, reference
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
@@ -107,7 +107,7 @@ def test_the_reference_encoder_is_judged_by_mean_and_feature(source: ReleaseSour
 def test_large_weights_lie_beside_the_graph_in_the_same_bytes(
     source: ReleaseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_onnx, "EXTERNAL_DATA_BYTES", 1 << 16)
+    monkeypatch.setattr(stage_graph, "EXTERNAL_DATA_BYTES", 1 << 16)
     digests = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         spec = stage_spec("denoiser", source.module("denoiser"), source.sizes)

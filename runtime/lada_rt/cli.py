@@ -381,6 +381,12 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 @click.option("--seed", type=int, default=13, show_default=True, help="Of the vocal and of the runs.")
 @click.option("--text", default="", help="Description of the music.")
 @click.option("--quality/--no-quality", default=True, show_default=True, help="What fewer steps cost, beside the time.")
+@click.option(
+    "--fad-model", type=PathArg, metavar="F.onnx", help="Embedding model, mono audio [1, N] to [n, D]: adds FAD."
+)
+@click.option("--fad-rate", type=int, metavar="HZ", help="Sample rate that the embedding model expects.")
+@click.option("--fad-reference", type=PathArg, metavar="D", help="Folder of audio, or .npz with mean and covariance.")
+@click.option("--clamp-bundle", type=PathArg, metavar="B", help="Bundle with CLaMP 3's encoders: adds the CLaMP score.")
 @click.option("--peaks", metavar="TFLOPS,GBPS", help="Of the device, for the floor. Default: measured on a CPU.")
 @click.option("--reference-bundle", type=PathArg, metavar="B", help="fp32 bundle of the same weights to check against.")
 @click.option("--baseline", is_flag=True, help="Run the plain torch program too, in turn; needs the export extra.")

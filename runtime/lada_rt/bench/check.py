@@ -3,7 +3,7 @@
 Each network's inputs and outputs are recorded in a real run and evaluated again by a reference: the bundle's graph, as
 it was exported and proven, in ONNX Runtime on the CPU with all graph optimisation off. What lies between the networks
 is recomputed in plain numpy: how many positions stay masked, whether each committed token lies in the nucleus, one
-Euler step, and the waveform in a single pass.
+Euler step, the waveform in a single pass, and where a second window goes on from the first (seams.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from lada_rt.bench.difference import relative_error
+from lada_rt.bench.seams import context_error, right_channel_error, seam_error, second_window_error
 from lada_rt.bundle import Bundle
-from lada_rt.decode import VOCODER_HALO_FRAMES
+from lada_rt.decode import VOCODER_HALO_FRAMES, LatentStats
 from lada_rt.engines.base import Engine
 from lada_rt.engines.onnxruntime import load_onnxruntime
 from lada_rt.errors import EngineError
@@ -30,6 +32,8 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 8e-2}
 CODE_MISMATCH = 0.01
 #: stages whose graph is larger are loaded for one evaluation and dropped
 KEEP_BYTES = 1 << 30
+#: results that are larger are not kept: logits, which no two runs share
+KEEP_RESULT_BYTES = 16 << 20
 
 #: evaluates a stage on recorded inputs
 Reference = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -54,10 +58,17 @@ class OnnxReference:
                     f"check: the reference of stage {stage} cannot run on this CPU ({_one_line(error)}); "
                     "name an fp32 bundle of the same weights with --reference-bundle"
                 ) from error
-            self._results[key] = dict(zip((o.name for o in engine.get_outputs()), values, strict=True))
+            results = dict(zip((o.name for o in engine.get_outputs()), values, strict=True))
             if self._bundle.stages[stage].bytes <= KEEP_BYTES:
                 self._engines[stage] = engine
+            if sum(value.nbytes for value in values) > KEEP_RESULT_BYTES:
+                return results
+            self._results[key] = results
         return self._results[key]
+
+    def release(self) -> None:
+        """Let go of the loaded graphs, for memory is measured next."""
+        self._engines.clear()
 
 
 def _plain_session(bundle: Bundle, stage: str) -> Any:
@@ -88,7 +99,13 @@ class Recorder:
     """Engines that note what a run asked of them: all denoiser rows, and the inputs and outputs of chosen calls."""
 
     def __init__(self, engines: Mapping[str, Engine], n_steps: int, flow_steps: int) -> None:
-        chosen = {"denoiser": {0, n_steps // 2, n_steps - 1}, "flow": {0, 1, flow_steps - 1}}
+        chosen = {
+            "denoiser": {0, n_steps // 2, n_steps - 1},
+            # first, second and last step of the first window, first step of the second
+            "flow": {0, 1, flow_steps - 1, flow_steps},
+            # left, right, and left of the second window
+            "mel_decoder": {0, 1, 2},
+        }
         self.rows: list[np.ndarray] = []
         self.states: list[np.ndarray] = []
         self.calls: dict[str, dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]] = {}
@@ -113,16 +130,6 @@ class _Recorded:
             copies = {name: array.copy() for name, array in outputs.items()}
             self._recorder.calls.setdefault(self._name, {})[index] = (kept, copies)
         return outputs
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over largest expected value; for ids the share that differs; infinite for other shapes."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    if expected.dtype.kind in "iu":
-        return float(np.mean(found != expected))
-    scale = float(np.abs(expected).max())
-    return float(np.abs(found.astype(np.float64) - expected).max()) / max(scale, 1e-30)
 
 
 def check_run(
@@ -162,8 +169,8 @@ def check_run(
             continue  # a part of a stage that a backend has split
         limit = CODE_MISMATCH if stage == "encoder" else TOLERANCES[bundle.stages[stage].precision]
         for index, (inputs, outputs) in calls.items():
-            if stage == "vocoder":
-                continue  # compared below, in one pass
+            if stage == "vocoder" or (stage == "mel_decoder" and index > 0):
+                continue  # the vocoder is compared below, in one pass; one mel is like another
             expected = references[stage, index] = reference(stage, inputs)
             note(stage, max(relative_error(outputs[name], value) for name, value in expected.items()), limit)
     note("schedule", _schedule_error(recorder, params, len(codes)), 0.0)
@@ -176,6 +183,12 @@ def check_run(
     expected_audio = _single_pass(bundle, recorder, audio, reference)
     precision = bundle.stages["vocoder"].precision
     note("vocoder", relative_error(audio[0, : len(expected_audio)], expected_audio), TOLERANCES[precision])
+    constants = bundle.constants()
+    stats = LatentStats(constants["latent_mean"], constants["latent_std"])
+    note("right channel", right_channel_error(bundle.geometry, recorder.calls, audio, reference), TOLERANCES[precision])
+    note("second window", second_window_error(bundle.geometry, recorder.calls, codes, params), 0.0)
+    note("context", context_error(bundle.geometry, recorder.calls, params, stats), 1e-4)
+    note("seam", seam_error(bundle.geometry, recorder.calls, audio, reference), TOLERANCES[precision])
     n_samples = bundle.geometry.n_samples(len(codes))
     finite = audio.shape == (2, n_samples) and bool(np.isfinite(audio).all()) and float(np.abs(audio).max()) <= 1.0
     in_range = bool(((codes >= 0) & (codes < bundle.vocab_size)).all())

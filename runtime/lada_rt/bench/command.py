@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lada_rt.bench.compare import RowChange, compare_reports, parse_percent, read_report
+from lada_rt.bench.learned import LearnedMetrics
 from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
 from lada_rt.bench.report import check_plot, draw, print_report
 from lada_rt.bench.roofline import Peaks
@@ -42,6 +43,10 @@ def run_command(
     seed: int,
     text: str,
     quality: bool,
+    fad_model: Path | None,
+    fad_rate: int | None,
+    fad_reference: Path | None,
+    clamp_bundle: Path | None,
     backend: str,
     device: str,
     reference_bundle: Path | None,
@@ -63,7 +68,14 @@ def run_command(
     if any(n != int(n) for n in counts):
         raise ParamError(f"--steps: expected whole numbers, got {steps!r}")
     options = BenchOptions(
-        tuple(int(n) for n in counts), numbers("--seconds", seconds), repeat, flow_steps, seed, text, quality
+        tuple(int(n) for n in counts),
+        numbers("--seconds", seconds),
+        repeat,
+        flow_steps,
+        seed,
+        text,
+        quality,
+        LearnedMetrics(fad_model, fad_rate, fad_reference, clamp_bundle),
     )
     if plot is not None and (not plot.parent.is_dir() or plot.is_dir()):
         raise ParamError(f"--plot: {plot}: cannot be written; give a file name in a folder that exists")

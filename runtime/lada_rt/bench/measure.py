@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lada_rt.bench import machine, quality
-from lada_rt.bench.check import OnnxReference, Recorder, Reference, check_run
+from lada_rt.bench.check import OnnxReference, Recorder, check_run
 from lada_rt.bench.graph_sizes import bundle_sizes
+from lada_rt.bench.learned import LearnedMetrics
 from lada_rt.bench.loops import check_loops, have_loops
 from lada_rt.bench.roofline import ModelSizes, Peaks, floor_seconds, song_work
 from lada_rt.bundle import Bundle, demo_bundle_path
@@ -31,6 +32,7 @@ from lada_rt.pipeline import Pipeline, Result, Timings
 __all__ = ["BenchOptions", "Opponent", "run_bench", "stage_seconds", "sung_vocal"]
 
 FORMAT = "lada-rt bench 1"
+NO_WEIGHTS = LearnedMetrics()
 Log = Callable[[str], None]
 
 
@@ -46,9 +48,10 @@ class BenchOptions:
         seed: of the vocal and of the runs.
         text: description of the music.
         quality: report agreement with the best run, and how the output follows the vocal.
+        learned: weights of further measures of quality.
 
     Raises:
-        ParamError: an empty or senseless list.
+        ParamError: an empty or senseless list, or weights for measures that are not reported.
     """
 
     steps: tuple[int, ...] = (8, 20, 60)
@@ -58,8 +61,11 @@ class BenchOptions:
     seed: int = 13
     text: str = ""
     quality: bool = True
+    learned: LearnedMetrics = NO_WEIGHTS
 
     def __post_init__(self) -> None:
+        if not self.quality and self.learned != NO_WEIGHTS:
+            raise ParamError("--no-quality: expected no weights for measures that are not reported; drop one of them")
         for name in ("steps", "seconds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values) or any(not 0 < v < 1e6 for v in values):
@@ -167,6 +173,7 @@ def run_bench(
         BundleError, ParamError: as for `Pipeline.load`.
     """
     started = time.perf_counter()
+    measures = options.learned.open(options.text)
     bundle = Bundle.open(bundle_path if bundle_path is not None else demo_bundle_path())
     bundle.verify()
     reference = OnnxReference(bundle if reference_path is None else Bundle.open(reference_path))
@@ -176,7 +183,7 @@ def run_bench(
     if peaks is None and used_device == "cpu":
         peaks = machine.measure_peaks()
     rival = None if opponent is None else opponent(bundle)
-    bench = _Bench(bundle, engines, used_backend, used_device, options, reference, peaks, rival, log)
+    bench = _Bench(bundle, engines, used_backend, used_device, options, reference, peaks, rival, measures, log)
     load_before = machine.load_average()
     rows = [row for seconds in options.seconds for row in bench.rows(seconds)]
     report: dict[str, Any] = {
@@ -193,7 +200,7 @@ def run_bench(
         "precision": {name: stage.precision for name, stage in bundle.stages.items()},
         "backend": used_backend,
         "device": used_device,
-        "options": asdict(options) | {"steps": list(options.steps), "seconds": list(options.seconds)},
+        "options": _plain(options),
         "vocal": bench.vocal_made_by,
         "load_s": round(load_s, 4),
         "first_run_s": bench.first_run_s,
@@ -219,15 +226,16 @@ class _Bench:
         backend: str,
         device: str,
         options: BenchOptions,
-        reference: Reference,
+        reference: OnnxReference,
         peaks: Peaks | None,
         opponent: Opponent | None,
+        measures: Mapping[str, quality.Measure],
         log: Log,
     ) -> None:
         self._bundle, self._engines = bundle, engines
         self._backend, self._device = backend, device
         self._options, self._reference, self._peaks = options, reference, peaks
-        self._opponent, self._log = opponent, log
+        self._opponent, self._measures, self._log = opponent, measures, log
         self._pipeline = Pipeline(bundle, engines, backend=backend, device=device)
         self._sizes: ModelSizes = bundle_sizes(bundle)
         self.first_run_s: float | None = None
@@ -250,6 +258,7 @@ class _Bench:
                     "reference_steps": max(self._options.steps),
                     "against_reference": against,
                     "against_vocal": quality.against_vocal(result.audio, vocal, rate_hz),
+                    **{name: measure(result.audio, rate_hz) for name, measure in self._measures.items()},
                 }
             rows.append(row)
         yield from reversed(rows)
@@ -272,6 +281,9 @@ class _Bench:
         if have_loops(self._engines):
             checked |= check_loops(self._bundle, self._engines, recorder, params, result)
             repeated = self._generate(self._pipeline, vocal, rate_hz, params)
+        # what was kept for the checks would count as the runtime's memory
+        recorder.calls.clear()
+        self._reference.release()
         samples = _Samples()
         machine.reset_peak_rss()
         for _ in range(options.repeat):
@@ -382,6 +394,12 @@ def _overall_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     return {str(q): _round(np.percentile(values, q)) for q in (20, 50, 80)}
+
+
+def _plain(options: BenchOptions) -> dict[str, Any]:
+    """Options for the report; of weights only the names of their files, as their folders mean nothing elsewhere."""
+    learned = {n: v.name if isinstance(v, Path) else v for n, v in asdict(options.learned).items() if v is not None}
+    return asdict(options) | {"steps": list(options.steps), "seconds": list(options.seconds), "learned": learned}
 
 
 def _round(value: Any) -> float:

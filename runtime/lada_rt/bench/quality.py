@@ -6,7 +6,7 @@ Gomez, 2006; onset F1 with a window of 50 ms, as LaDA-Band's evaluation uses it,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lada_rt.errors import EngineError, ParamError
 
 __all__ = [
+    "Measure",
     "against_reference",
     "against_vocal",
     "agreement_per_step",
@@ -38,6 +39,8 @@ ONSET_MATCH_S = 0.05
 SILENCE_DB = 60.0
 
 Floats = NDArray[np.float32]
+#: audio [C, N] and its rate to a number
+Measure = Callable[[Floats, int], float]
 
 
 def token_agreement(codes: NDArray[np.integer], reference: NDArray[np.integer]) -> float:

@@ -35,6 +35,10 @@ STAGES = {
 }
 
 
+#: measures that need weights: key in a row's quality -> heading
+LEARNED = {"fad": "FAD", "clamp_score": "CLaMP score"}
+
+
 def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
     """Print the tables of a report."""
     out = file or sys.stdout
@@ -78,7 +82,8 @@ def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
 def _print_quality(report: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, header_style="bold")
     names = ("length s", "steps", "same tokens", "STFT distance", "chroma to best", "onset F1", "chroma to vocal")
-    for name in names:
+    learned = [n for n in LEARNED if any(n in row.get("quality", {}) for row in report["rows"])]
+    for name in (*names, *(LEARNED[n] for n in learned)):
         table.add_column(name, justify="right")
     for row in report["rows"]:
         if "quality" in row:
@@ -89,6 +94,7 @@ def _print_quality(report: Mapping[str, Any], console: Console) -> None:
                 best["chroma_similarity"],
                 vocal["onset_f1"],
                 vocal["chroma_similarity"],
+                *(row["quality"].get(n) for n in learned),
             )
             table.add_row(f"{row['seconds']:g}", str(row["steps"]), *("-" if v is None else f"{v:.3f}" for v in values))
     console.print(table)

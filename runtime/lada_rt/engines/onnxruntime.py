@@ -91,6 +91,10 @@ class OnnxEngine:
             )
         self._outputs = [o.name for o in self._session.get_outputs()]
 
+    @property
+    def input_names(self) -> list[str]:
+        return [i.name for i in self._session.get_inputs()]
+
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         try:
             values = self._session.run(self._outputs, inputs)

@@ -456,6 +456,28 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, capfd: pytest.Capture
         compare_reports(small_report(1.0), away)
 
 
+@pytest.mark.parametrize("rtf", [0.0, -1.0, float("nan"), float("inf")])
+def test_compare_refuses_an_rtf_that_is_none(tmp_path: Path, rtf: float) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(small_report(rtf)))
+    with pytest.raises(ParamError, match=r"a\.json: expected a report"):
+        read_report(tmp_path / "a.json")
+
+
+def test_compare_says_what_else_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = small_report(1.0), small_report(1.0)
+    before |= {"bundle": {"sha256": "a"}, "options": {"flow_steps": 20}, "device": "cpu"}
+    after |= {"bundle": {"sha256": "a"}, "options": {"flow_steps": 8}, "device": "cpu"}
+    after["rows"].append({**after["rows"][0], "steps": 9})
+    for name, report in (("a.json", before), ("b.json", after)):
+        (tmp_path / name).write_text(json.dumps(report))
+    assert compare_files(tmp_path / "a.json", tmp_path / "b.json", "10%")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert notes[0] == "note: flow steps differ: 20 and 8"
+    assert "only in the second report" in notes[1]
+    assert "9 steps" in notes[1]
+
+
 @pytest.mark.parametrize("text", ["", "x", "-1%", "nan", "1e9"])
 def test_bad_limits(text: str) -> None:
     with pytest.raises(ParamError, match="--max-regression"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lada_rt.bench.compare import RowChange, compare_reports, parse_percent, read_report
+from lada_rt.bench.compare import RowChange, compare_reports, differences, parse_percent, read_report
 from lada_rt.bench.learned import LearnedMetrics
 from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
 from lada_rt.bench.report import check_plot, draw, print_report
@@ -122,8 +122,11 @@ def compare_files(before: Path, after: Path, max_regression: str) -> bool:
         ParamError: a file is no report, or they have no row in common.
     """
     limit = parse_percent(max_regression)
-    changes = compare_reports(read_report(before), read_report(after))
+    reports = read_report(before), read_report(after)
+    changes = compare_reports(*reports)
     _print_changes(changes, limit)
+    for line in differences(*reports):
+        print(f"note: {line}")
     slower = sum(change.slower_than(limit) for change in changes)
     print(f"{slower} of {len(changes)} rows slower by more than {100 * limit:g} %")
     return slower == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,18 @@ from typing import Any
 from lada_rt.bench.measure import FORMAT
 from lada_rt.errors import ParamError
 
-__all__ = ["RowChange", "compare_reports", "parse_percent", "read_report"]
+__all__ = ["RowChange", "compare_reports", "differences", "parse_percent", "read_report"]
+
+#: what two reports should have in common, as (what it is, where it stands)
+CONDITIONS = (
+    ("machines", ("machine", "cpu")),
+    ("CPUs", ("machine", "cpus")),
+    ("backends", ("backend",)),
+    ("devices", ("device",)),
+    ("bundles", ("bundle", "sha256")),
+    ("flow steps", ("options", "flow_steps")),
+    ("vocals", ("vocal",)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,7 @@ class RowChange:
 
     def slower_than(self, limit: float) -> bool:
         """Whether the RTF grew by more than the share `limit`."""
-        return self.ratio > 1 + limit
+        return not self.ratio <= 1 + limit
 
 
 def parse_percent(text: str) -> float:
@@ -63,7 +75,10 @@ def read_report(path: Path) -> dict[str, Any]:
         if report["format"] != FORMAT:
             raise ValueError(f"its format is {report['format']!r}")
         for row in report["rows"]:
-            _ = row["seconds"], row["steps"], row["rtf"], row["stages"], row["percentiles"]["rtf"]["80"]
+            _ = row["seconds"], row["steps"], row["stages"]
+            measured = (row["rtf"], row["percentiles"]["rtf"]["20"], row["percentiles"]["rtf"]["80"])
+            if not all(0 < float(value) < math.inf for value in measured):
+                raise ValueError(f"its RTF is {measured}")
         return report
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -88,6 +103,28 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
             f"{_keys(before['rows'])} and {_keys(after['rows'])}; use the same --steps and --seconds"
         )
     return changes
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Why the rows of two reports may differ beside the program, one line each, and rows that only one of them has."""
+    lines = []
+    for name, path in CONDITIONS:
+        a, b = (_at(report, path) for report in (before, after))
+        if a != b:
+            lines.append(f"{name} differ: {a} and {b}")
+    keys = [{(row["seconds"], row["steps"]): row for row in report["rows"]} for report in (before, after)]
+    for only, where in ((keys[0].keys() - keys[1].keys(), "first"), (keys[1].keys() - keys[0].keys(), "second")):
+        if only:
+            rows = [{"seconds": seconds, "steps": steps} for seconds, steps in sorted(only)]
+            lines.append(f"only in the {where} report: {_keys(rows)}")
+    return lines
+
+
+def _at(report: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = report
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> RowChange:

@@ -23,6 +23,8 @@ from lada_rt.errors import EngineError, ParamError
 
 __all__ = ["ClampScore", "FrechetDistance", "LearnedMetrics", "frechet_distance"]
 
+#: of silence, to see what a model gives
+PROBE_SECONDS = 10
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 Floats = NDArray[np.float32]
@@ -113,16 +115,17 @@ class FrechetDistance:
             )
         (self._input,) = names
         self._reference = self._saved(reference) if reference.suffix == ".npz" else self._of_folder(reference)
+        # an hour of measuring is not the time to find out
+        width = self._embeddings((np.zeros(PROBE_SECONDS * rate_hz, np.float32), rate_hz)).shape[1]
+        if width != len(self._reference.mean):
+            raise ParamError(
+                f"--fad-reference: expected statistics of {width} numbers, as {model} gives, got "
+                f"{len(self._reference.mean)}"
+            )
 
     def __call__(self, audio: Floats, rate_hz: int) -> float:
         """Distance of [C, N] at `rate_hz`; channels are averaged."""
-        found = _fit([self._embeddings((audio, rate_hz))], "the generated audio")
-        if found.mean.shape != self._reference.mean.shape:
-            raise ParamError(
-                f"--fad-reference: expected statistics of {len(found.mean)} numbers, as {self._model} gives, got "
-                f"{len(self._reference.mean)}"
-            )
-        return frechet_distance(found, self._reference)
+        return frechet_distance(_fit([self._embeddings((audio, rate_hz))], "the generated audio"), self._reference)
 
     def _embeddings(self, source: Any) -> NDArray[np.float64]:
         mono = load_audio(source, self._rate_hz, what="FAD").samples.mean(axis=0, dtype=np.float32)

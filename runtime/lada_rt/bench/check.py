@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lada_rt.bench.difference import relative_error
-from lada_rt.bench.seams import context_error, right_channel_error, seam_error, second_window_error
+from lada_rt.bench.seams import context_error, next_state, right_channel_error, seam_error, second_window_error
 from lada_rt.bundle import Bundle
 from lada_rt.decode import VOCODER_HALO_FRAMES, LatentStats
 from lada_rt.engines.base import Engine
@@ -244,10 +244,7 @@ def _euler_error(recorder: Recorder, params: GenerationParams) -> float:
     calls = recorder.calls["flow"]
     if 1 not in calls or params.flow_steps < 2:
         return 0.0
-    (inputs, outputs), (following, _) = calls[0], calls[1]
-    velocity = outputs["velocity"].astype(np.float64)
-    guided = velocity[0] if len(velocity) == 1 else velocity[0] + params.guidance * (velocity[1] - velocity[0])
-    return relative_error(following["x"][0], inputs["x"][0] + guided / params.flow_steps)
+    return relative_error(calls[1][0]["x"][0], next_state(calls[0], params))
 
 
 def _window_error(recorder: Recorder, codes: np.ndarray, bundle: Bundle) -> float:

@@ -14,7 +14,7 @@ from lada_rt.decode import VOCODER_HALO_FRAMES, LatentStats
 from lada_rt.geometry import CodecGeometry
 from lada_rt.params import GenerationParams
 
-__all__ = ["context_error", "right_channel_error", "seam_error", "second_window_error"]
+__all__ = ["context_error", "next_state", "right_channel_error", "seam_error", "second_window_error"]
 
 #: mel frames that are vocoded again
 CHECKED_FRAMES = 64
@@ -43,16 +43,22 @@ def second_window_error(geometry: CodecGeometry, calls: Calls, codes: np.ndarray
     return float(np.mean(given != codes[(geometry.hop_codes + np.arange(geometry.window_codes)) % len(codes)]))
 
 
+def next_state(call: tuple[Arrays, Arrays], params: GenerationParams) -> np.ndarray:
+    """The state after one Euler step of a recorded flow call, [channels, L, bins] float64 (spec/mucodec 3.4)."""
+    inputs, outputs = call
+    velocity = outputs["velocity"].astype(np.float64)
+    guided = velocity[0] if len(velocity) == 1 else velocity[0] + params.guidance * (velocity[1] - velocity[0])
+    state: np.ndarray = inputs["x"][0] + guided / params.flow_steps
+    return state
+
+
 def context_error(geometry: CodecGeometry, calls: Calls, params: GenerationParams, stats: LatentStats) -> float:
     """What the second window continues from, against the last Euler step of the first (spec/mucodec 3.4, 5.5)."""
     flow, n_steps = calls["flow"], params.flow_steps
     if n_steps not in flow:
         return 0.0
-    (inputs, outputs), (following, _) = flow[n_steps - 1], flow[n_steps]
-    velocity = outputs["velocity"].astype(np.float64)
-    guided = velocity[0] if len(velocity) == 1 else velocity[0] + params.guidance * (velocity[1] - velocity[0])
-    n_context = geometry.context_latents
-    end = inputs["x"][0, :, -n_context:] + guided[:, -n_context:] / n_steps
+    following, n_context = flow[n_steps][0], geometry.context_latents
+    end = next_state(flow[n_steps - 1], params)[:, -n_context:]
     wanted = np.zeros(following["context"].shape[1:])
     wanted[:, :n_context] = stats.normalise(stats.denormalise(end))
     return max(relative_error(row, wanted) for row in following["context"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,28 @@ import torch
 from lada_rt import _C
 from lada_rt.bench.check import Recorder
 from lada_rt.bundle import Bundle
-from lada_rt.errors import EngineError, ParamError
+from lada_rt.errors import CheckpointError, EngineError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
 from lada_rt_export import baseline as baseline_module
 from lada_rt_export.baseline import Baseline, draw_tokens, philox_exponential, philox_gumbel, released_windows
+from lada_rt_export.demo.training.sizes import PRESETS
+from lada_rt_export.models.clamp3 import Clamp3Audio, Clamp3Text
+from lada_rt_export.models.flow import Flow
+from lada_rt_export.models.latent_norm import LatentNorm
+from lada_rt_export.models.mask_predictor import MaskPredictor
+from lada_rt_export.models.mel_vae import MelVAE
+from lada_rt_export.models.mert import Mert
 from lada_rt_export.models.muq import MuQ
 from lada_rt_export.models.stages_mucodec import EncoderStage
+from lada_rt_export.models.vocoder import Vocoder
+from lada_rt_export.models.vq import VQ, condition_linear
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
 from lada_rt_export.stages import stage_spec
 from lada_rt_export.synthetic_release import write_synthetic_release
 from lada_rt_export.torch_engine import TorchEngine
+from safetensors.torch import save_file
 from stubs import sung, write_stub_bundle
 
 RATE = 48_000
@@ -159,5 +170,44 @@ def test_other_weights_are_found(
 
 
 def test_a_bundle_of_unknown_origin_needs_its_files(bundle: Bundle) -> None:
-    with pytest.raises(ParamError, match="--checkpoint and --pretrained-root"):
+    with pytest.raises(ParamError, match="--checkpoint, and for a release --pretrained-root"):
         Baseline.for_bundle(bundle, None, None)
+
+
+def test_a_trained_demo_needs_one_file(tmp_path: Path) -> None:
+    """A file of the training's form, with the weights that networks start from."""
+    sizes = PRESETS["toy"]
+    torch.manual_seed(2)
+    networks: dict[str, torch.nn.Module] = {
+        "muq": MuQ(sizes.muq),
+        "vq": VQ(sizes.vq),
+        "condition": condition_linear(sizes.vq),
+        "mask_predictor": MaskPredictor(replace(sizes.predictor, rtd_head=False)),
+        "clamp3_text": Clamp3Text(sizes.text),
+        "mert": Mert(sizes.mert),
+        "clamp3_audio": Clamp3Audio(sizes.audio),
+        "mel_vae": MelVAE(sizes.mel_vae),
+        "vocoder": Vocoder(sizes.vocoder),
+        "flow": Flow(sizes.flow),
+        "normfeat": LatentNorm(32, 32),
+    }
+    tensors = {f"{name}.{key}": t.clone() for name, net in networks.items() for key, t in net.state_dict().items()}
+    tensors["normfeat.counts"] = torch.full((1,), 1e6)
+    weights = tmp_path / "trained.safetensors"
+    save_file(tensors, weights, {"preset": "toy", "seed": "2", "losses": "{}"})
+    changes = {
+        "geometry": sizes.geometry.to_json(),
+        "vocab_size": sizes.predictor.n_codes,
+        "mask_id": sizes.predictor.mask_id,
+        "prefix_dim": sizes.text.output_size,
+    }
+    toy = Bundle.open(write_stub_bundle(tmp_path / "toy.bundle", **changes))
+    opponent = Baseline.for_bundle(toy, weights, None)
+    with torch.inference_mode():
+        vocal_codes = opponent.encode(sung(2 * RATE)[None], RATE)
+        codes = opponent.denoise(vocal_codes, opponent.prefix(TEXT, PARAMS), PARAMS)
+    assert len(vocal_codes) == len(codes) == 51
+    assert int(codes.max()) < sizes.predictor.mask_id
+    weights.write_bytes(b"none")
+    with pytest.raises(CheckpointError, match="expected trained weights"):
+        Baseline.for_bundle(toy, weights, None)

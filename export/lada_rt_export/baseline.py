@@ -119,19 +119,29 @@ class Baseline:
 
     @classmethod
     def for_bundle(cls, bundle: Bundle, checkpoint: Path | None, pretrained_root: Path | None) -> Baseline:
-        """The opponent of a bundle: of the demo bundle as it is, of others with the files they were built from.
+        """The opponent of a bundle: of the untrained demo as it is, of others with the files they were built from.
+
+        Args:
+            bundle: what the runtime runs.
+            checkpoint: of a release, or the one file of weights that a trained demo was built from.
+            pretrained_root: of a release.
 
         Raises:
             ParamError: the files are not given.
-            CheckpointError: they are not a release.
+            CheckpointError: they are neither.
         """
         if checkpoint is not None and pretrained_root is not None:
             return cls(ReleaseSource(Release.locate(checkpoint, pretrained_root)), bundle)
+        if checkpoint is not None:
+            from lada_rt_export.demo.training.source import TrainedSource
+
+            return cls(TrainedSource(checkpoint), bundle)
         demo = DemoSource()
         if bundle.name == demo.header({}).name:
             return cls(demo, bundle)
         raise ParamError(
-            f"--baseline: expected --checkpoint and --pretrained-root, from which bundle {bundle.name} was built"
+            f"--baseline: expected the files that bundle {bundle.name} was built from: --checkpoint, and for a release "
+            "--pretrained-root too"
         )
 
     def run(self, vocal: np.ndarray, rate_hz: int, text: str, params: GenerationParams) -> dict[str, float]:

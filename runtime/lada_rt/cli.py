@@ -390,7 +390,9 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 @click.option("--peaks", metavar="TFLOPS,GBPS", help="Of the device, for the floor. Default: measured on a CPU.")
 @click.option("--reference-bundle", type=PathArg, metavar="B", help="fp32 bundle of the same weights to check against.")
 @click.option("--baseline", is_flag=True, help="Run the plain torch program too, in turn; needs the export extra.")
-@click.option("--checkpoint", type=PathArg, metavar="F", help="The bundle's checkpoint, for --baseline.")
+@click.option(
+    "--checkpoint", type=PathArg, metavar="F", help="The bundle's checkpoint or trained weights, for --baseline."
+)
 @click.option("--pretrained-root", type=PathArg, metavar="D", help="Its pretrained files, for --baseline.")
 @click.option("--plot", type=PathArg, metavar="F.png", help="Draw RTF against steps, stacked by stage.")
 @click.option("--compare", nargs=2, type=PathArg, metavar="A B", help="Compare two --json reports; measure nothing.")

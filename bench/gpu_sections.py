@@ -301,18 +301,19 @@ def denoiser_inputs(state: State, n_frames: int, n_rows: int) -> dict[str, Tenso
     return {"vocal_codes": vocal, "codes": codes, "prefix": prefix, "rows": rows}
 
 
-def flow_inputs(state: State) -> dict[str, Tensor]:
+def flow_inputs(state: State, n_songs: int = 1) -> dict[str, Tensor]:
+    """Both halves of the guidance for a window of each song, unconditioned rows first."""
     g, device, rng = state.size.geometry, state.device, state.rng(6)
-    shape = (2, g.latent_channels, g.window_latents, g.latent_bins)
+    shape = (2 * n_songs, g.latent_channels, g.window_latents, g.latent_bins)
     x, context = torch.randn(2, *shape, device=device, generator=rng)
     context[:, :, g.context_latents :] = 0
     codes = torch.randint(0, state.size.quantiser.codebook_size, (1, g.window_codes), device=device, generator=rng)
-    times = torch.full((2,), 0.35, device=device)
-    conditional = torch.tensor([0.0, 1.0], device=device)
+    times = torch.full((2 * n_songs,), 0.35, device=device)
+    conditional = torch.tensor([0.0, 1.0], device=device).repeat_interleave(n_songs)
     return {
         "x": x,
         "context": context,
-        "codes": codes.expand(2, -1).contiguous(),
+        "codes": codes.expand(2 * n_songs, -1).contiguous(),
         "conditional": conditional,
         "t": times,
     }
@@ -423,8 +424,9 @@ def stage_times(state: State) -> dict[str, Any]:
             entry: dict[str, Any] = timed(partial(run_stage, state, inputs), device, size.repeat)
             work = flops("denoiser", size, n_frames=n_frames, n_rows=n_rows)
             found[f"denoiser_T{n_frames}_R{n_rows}"] = entry | state.fraction(work, entry["median_s"])
-    entry = timed(partial(run_stage, state, flow_inputs(state)), device, size.repeat)
-    found["flow_guided_step"] = entry | state.fraction(flops("flow", size, batch=2), entry["median_s"])
+    for name, n_songs in (("flow_guided_step", 1), ("flow_guided_step_of_4_songs", 4)):
+        entry = timed(partial(run_stage, state, flow_inputs(state, n_songs)), device, size.repeat)
+        found[name] = entry | state.fraction(flops("flow", size, batch=2 * n_songs), entry["median_s"])
     for name, value in found.items():
         share = f", {value['of_ceiling']:.0%} of the ceiling" if value["of_ceiling"] else ""
         state.say(f"{name}: {value['median_s'] * 1e3:.2f} ms, {value['tflops']:.3g} TFLOP/s{share}")

@@ -300,7 +300,7 @@ SECTIONS = [
     Section("sound", 45, gpu_sections.sound),
     Section("songs", 90, songs),
     Section("baseline", 60, baseline),
-    Section("stage_times", 15, gpu_sections.stage_times, essential=False),
+    Section("stage_times", 35, gpu_sections.stage_times, essential=False),
     Section("quiet_loop", 15, quiet_loop, essential=False),
-    Section("package", 120, package, essential=False),
+    Section("package", 110, package, essential=False),
 ]

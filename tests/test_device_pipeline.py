@@ -403,7 +403,10 @@ def test_missing_packages_are_named(
 
 
 @pytest.mark.gpu
-def test_gpu_pipeline_draws_the_codes_of_the_host(host: Pipeline, bundle: Bundle) -> None:
+def test_gpu_pipeline_draws_the_codes_of_the_host(
+    host: Pipeline, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # products have no TF32 by default
     cuda = torch.device("cuda")
     held = {**stub_engines(), **engines_of(small_modules(), "fp32", cuda), "denoiser": exact_engine(cuda)}
     held.pop("flow", None)
@@ -412,5 +415,5 @@ def test_gpu_pipeline_draws_the_codes_of_the_host(host: Pipeline, bundle: Bundle
     for _ in range(2):  # the second time from the graphs
         found = pipe.generate(VOCAL, params=PARAMS)
         assert np.array_equal(found.codes, expected.codes)
-        # TF32 products are off by default; other summation orders remain
+        # other summation orders and transcendentals; not measured yet
         assert np.abs(found.audio - expected.audio).max() < 1e-3 * np.abs(expected.audio).max()

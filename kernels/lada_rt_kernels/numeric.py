@@ -128,7 +128,7 @@ def philox_words(
     """Philox4x32-10: four output words as int64 in [0, 2**32), of the counters' broadcast shape.
 
     Args:
-        c0, c1, c2: counter words in [0, 2**32), int64 tensors or ints; `stream` is the fourth.
+        c0, c1, c2: counter words in [0, 2**32), int64 tensors on the device or ints; `stream` is the fourth.
         seed: any integer; its low 64 bits are the key, low word first.
         device: where to compute.
 
@@ -136,7 +136,7 @@ def philox_words(
     """
     # full, not as_tensor: a number copied to a GPU would be waited for
     words = [
-        c.to(device, torch.int64) if isinstance(c, Tensor) else torch.full((), c, dtype=torch.int64, device=device)
+        c.to(torch.int64) if isinstance(c, Tensor) else torch.full((), c, dtype=torch.int64, device=device)
         for c in (c0, c1, c2, stream)
     ]
     x0, x1, x2, x3 = torch.broadcast_tensors(*words)

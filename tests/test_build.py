@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,18 @@ import torch
 from lada_rt import cli
 from lada_rt.bundle import STAGES, Bundle
 from lada_rt.engines import load_engines
-from lada_rt.engines.cache import list_engines
+from lada_rt.engines.cache import EngineEntry, list_engines, misfit, this_machine
 from lada_rt.errors import CheckpointError, EngineError, ExportError
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
-from lada_rt_export import workspace
+from lada_rt_export import torch_builder, workspace
 from lada_rt_export.build import BuildOptions, build_bundle
 from lada_rt_export.checkpoints import open_tensors
+from lada_rt_export.engine_builders import EngineJob
 from lada_rt_export.onnx_check import check_graph
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
-from lada_rt_export.stages import stage_spec
+from lada_rt_export.stages import StageSpec, stage_spec
 from lada_rt_export.synthetic_release import SyntheticRelease, write_synthetic_release
 from lada_rt_export.torch_engine import TorchEngine
 from lada_rt_export.workspace import Workspace, check_disk, check_memory, locked
@@ -448,7 +450,7 @@ def test_a_torch_engine_is_built_filed_and_used(built: Built, tmp_path: Path, ca
     assert (entry.key.stage, entry.key.backend, entry.key.backend_version) == (
         "text_encoder",
         "torch",
-        torch.__version__,
+        version("torch"),
     )
     assert 0 <= entry.proof["max_rel_error"] <= entry.proof["tolerance"] == 1e-4
     assert bundle.sha256 == Bundle.open(built.bundle).sha256  # engines are no part of what a bundle is
@@ -464,6 +466,29 @@ def test_a_torch_engine_is_built_filed_and_used(built: Built, tmp_path: Path, ca
     assert again is not None
     assert "text_encoder: torch engine up to date" in log
     assert [e.folder.name for e in list_engines(again)] == [entry.folder.name]
+
+
+def test_a_torch_engine_is_filed_under_the_version_it_is_looked_for(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.__version__ has a suffix on GPU builds that the installed distribution's version has not."""
+    description = {
+        "torch": "2.11.0+cu130",
+        "device_key": "sm_90",
+        "parts": [{"name": "denoiser", "file": "denoiser.pt2"}],
+        "proof": {"max_rel_error": 0.0, "tolerance": 1.0},
+    }
+    monkeypatch.setattr(torch_builder, "build_engine", lambda *args, **options: description)
+    bundle, source = Bundle.open(built.bundle), built.source()
+
+    def spec() -> StageSpec:
+        return stage_spec("denoiser", source.module("denoiser"), source.sizes)
+
+    job = EngineJob(bundle, "denoiser", spec, "torch", "cuda", frozenset(), lambda line: None)
+    key = torch_builder.build(job, tmp_path).key
+    entry = EngineEntry(key, tmp_path, (), description["proof"])
+    monkeypatch.setattr("lada_rt.engines.cache._gpu_arch", lambda: "sm_90")
+    assert misfit(entry, bundle, this_machine("torch", "cuda")) is None
 
 
 def test_stage_sources_name_the_file_that_is_wrong(built: Built, tmp_path: Path) -> None:

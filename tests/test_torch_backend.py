@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_package_builds_proves_and_drives_the_loop(tmp_path: Path, monkeypatch: 
         "denoiser",
         bundle.stages["denoiser"].graph.sha256,
         "torch",
-        torch.__version__,
+        version("torch"),
         description["device_key"],
         "fp32",
         spec.profile,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lada_rt.engines.cache import EngineKey
+from lada_rt.engines.cache import EngineKey, this_machine
 
 from lada_rt_export.engine_builders import BuiltEngine, EngineJob
 from lada_rt_export.to_aoti import build_engine
@@ -26,11 +26,15 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
     spec = job.spec()
     stage = job.bundle.stages[job.stage]
     description = build_engine(spec, folder, precision=spec.precision, device=job.device)
+    # Not torch.__version__, which may have a suffix that the distribution's version has not: the runtime, which looks
+    # before it imports torch, compares the latter.
+    version = this_machine("torch", job.device).backend_version
+    assert version is not None
     key = EngineKey(
         stage=job.stage,
         graph_sha256=stage.graph.sha256,
         backend="torch",
-        backend_version=description["torch"],
+        backend_version=version,
         arch=description["device_key"],
         precision=stage.precision,
         profile=spec.profile,

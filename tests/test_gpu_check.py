@@ -28,7 +28,7 @@ SECTIONS = {
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 def test_every_section_runs_and_is_right(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def _encode_codec_song(job: tuple[str, str, int]) -> None:
     preset, folder, index = job
     codec, autoencoder, _, _ = _loaded(preset, folder)
     song = Path(folder) / "songs" / f"{index:05d}"
-    mel = torch.from_numpy(np.load(song / "mel.npy").astype(np.float32)).transpose(1, 2)  # [2, 256, 8 L]
-    latents = autoencoder.latents(mel)  # [2, 16, L, 32]: the left side's channels come first
+    strength = torch.from_numpy(np.load(song / "strength.npy").astype(np.float32)).transpose(1, 2)  # [2, 256, 8 L]
+    latents = autoencoder.latents(strength)  # [2, 16, L, 32]: the left side's channels come first
     _replace(song / "latents.npy", lambda f: np.save(f, latents.flatten(0, 1).half().numpy()))
     encoder_input = torch.from_numpy(np.load(song / "encoder_mel.npy", mmap_mode="r")[:1].astype(np.float32))
     codes = codec.latents(encoder_input)[1][0].numpy()

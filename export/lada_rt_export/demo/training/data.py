@@ -4,7 +4,7 @@ A codec song is one encoder window long. Its folder holds, as numpy files in hal
 
     encoder_mel [takes, 128, 4 n]  of the accompaniment, then of each take of the vocal
     chroma      [takes, n, 12]     the same tracks
-    mel         [2, 8 L, 256]      the accompaniment's sides
+    strength    [2, 8 L, 256]      the accompaniment's sides; see `grains`
     audio       [2, N]             the accompaniment
 
 The first take of a vocal is as sung; the others are disturbed, so that a real recording is not foreign.
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from lada_rt_export.demo.songs.augment import augment_vocal
 from lada_rt_export.demo.songs.song import Score, compose, render_accompaniment, render_vocal
-from lada_rt_export.demo.training.features import code_chroma, encoder_mel, log_mel
+from lada_rt_export.demo.training.features import code_chroma, encoder_mel
+from lada_rt_export.demo.training.grains import CYCLE_FRAMES, strengths
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.models.muq import MuQ
 
 __all__ = ["CodecSongs", "render_codec_songs", "run_jobs", "song_seed", "vocal_takes"]
 
 _SCALE = 32_767
-_NAMES = ("encoder_mel", "chroma", "mel", "audio")
 Job = TypeVar("Job")
 
 
@@ -95,7 +95,7 @@ def _render_codec_song(job: tuple[str, str, int, int]) -> None:
     chroma = [code_chroma(window, geometry.encode_window_codes) for window in windows]
     _save(folder / "chroma.npy", np.stack(chroma).astype(np.float16))
     audio = tracks[0][:, : geometry.window_samples]
-    _save(folder / "mel.npy", log_mel(torch.from_numpy(audio)).transpose(1, 2).half().numpy())
+    _save(folder / "strength.npy", strengths(torch.from_numpy(audio)).transpose(1, 2).half().numpy())
     _save(folder / "audio.npy", np.round(audio * _SCALE).astype(np.int16))
 
 
@@ -140,23 +140,23 @@ class CodecSongs:
             chromas.append(self.array(index, "chroma")[take, start : start + n_codes])
         return self._stack(mels), self._stack(chromas)
 
-    def mel_crops(
+    def strength_crops(
         self, rng: np.random.Generator, batch: int, n_frames: int
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """[B, 256, n_frames] log-mel of random sides, and (song, side, first frame) of each; first frames divide by
-        eight, as the latents' grid asks."""
+        """Strengths [B, 256, n_frames] of random sides, and (song, side, first frame) of each; first frames begin a
+        cycle of the textures."""
         geometry = self.sizes.geometry
         n_all = geometry.window_latents * geometry.mel_frames_per_latent
         places, crops = [], []
         for _ in range(batch):
             index, side = self.draw(rng), int(rng.integers(2))
-            start = 8 * int(rng.integers((n_all - n_frames) // 8 + 1))
+            start = CYCLE_FRAMES * int(rng.integers((n_all - n_frames) // CYCLE_FRAMES + 1))
             places.append((index, side, start))
-            crops.append(self.array(index, "mel")[side, start : start + n_frames].T)
+            crops.append(self.array(index, "strength")[side, start : start + n_frames].T)
         return self._stack(crops), places
 
     def audio_crops(self, places: Sequence[tuple[int, int, int]], n_frames: int) -> Tensor:
-        """[B, 480 * n_frames] of the places of `mel_crops`."""
+        """[B, 480 * n_frames] of the places of `strength_crops`."""
         hop = self.sizes.geometry.samples_per_mel_frame
         crops = [
             self.array(index, "audio")[side, start * hop : (start + n_frames) * hop] for index, side, start in places

@@ -1,8 +1,6 @@
-"""Fixed transforms that training needs and inference does not: the vocoder's mel, chroma and flux per code."""
+"""Fixed transforms that training needs and inference does not: the encoder's mel, chroma and flux per code."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import torch
@@ -12,51 +10,9 @@ from torch import Tensor
 
 from lada_rt_export.models.muq import MuQ, resample_kernel, resample_to_24k
 
-__all__ = ["N_FFT", "code_chroma", "encoder_mel", "log_mel", "mel_filterbank", "mel_flux"]
+__all__ = ["code_chroma", "encoder_mel", "mel_flux"]
 
 RATE_HZ = 48_000
-N_FFT, HOP = 2048, 480
-N_MELS = 256
-LOW_HZ, HIGH_HZ = 20.0, 24_000.0
-FLOOR = 1e-5
-
-
-def _slaney(hz: np.ndarray) -> np.ndarray:
-    """Linear below 1 kHz, logarithmic above: 15 mel a kHz, then 27 to each factor of 6.4."""
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1) / 1000) / np.log(6.4))
-
-
-def _slaney_hz(mel: np.ndarray) -> np.ndarray:
-    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
-
-
-@functools.cache
-def mel_filterbank() -> Tensor:
-    """[256, 1025] float32: Slaney triangles of unit area from 20 Hz to 24 kHz. Source: mucodec spec 6."""
-    ends = _slaney(np.array([LOW_HZ, HIGH_HZ]))
-    edges = _slaney_hz(np.linspace(ends[0], ends[1], N_MELS + 2))
-    freqs = np.linspace(0, RATE_HZ / 2, N_FFT // 2 + 1)
-    rising = (freqs - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - freqs) / (edges[2:] - edges[1:-1])[:, None]
-    triangles = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    return torch.from_numpy(triangles.astype(np.float32))
-
-
-def log_mel(audio: Tensor) -> Tensor:
-    """Natural log-mel as the vocoder takes it. Source: mucodec spec 6.
-
-    Args:
-        audio: [B, N] float32 at 48 kHz, N a multiple of 480.
-
-    Returns:
-        [B, 256, N / 480] float32. Frame f is centred on sample 480 f + 240, so that 480 samples belong to each frame.
-    """
-    side = (N_FFT - HOP) // 2
-    padded = F.pad(audio, (side, side))
-    window = torch.hann_window(N_FFT, device=audio.device)
-    spectrum = torch.stft(padded, N_FFT, HOP, window=window, center=False, return_complex=True)
-    mel = mel_filterbank().to(audio.device) @ spectrum.abs()
-    return mel.clamp(min=FLOOR).log()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ __all__ = ["FlowModules", "FlowTask", "cropped", "measure_latents"]
 SIGMA_MIN = 1e-4
 _DROP_CONDITION = 0.1
 _USE_CONTEXT = 0.5
-#: deviations below this are the noise of a channel that never moves
+#: the smallest deviation of a channel that moves
 _MIN_STD = 1e-3
 
 
@@ -48,8 +48,8 @@ def cropped(flow: Flow, start: int, n_latents: int) -> Flow:
 def measure_latents(norm: LatentNorm, songs: CodecSongs) -> None:
     """Set the statistics from every codec song's latents, in counts that inference takes for final.
 
-    A channel that is always zero gets a deviation of exactly zero: denormalising then returns that zero whatever the
-    flow made of it.
+    A channel that never moves in time gets a deviation of exactly zero: denormalising then returns its mean whatever
+    the flow made of it.
     """
     n = songs.sizes.n_codec_songs
     total, squares = (torch.zeros(norm.sum_x.shape, dtype=torch.float64) for _ in range(2))
@@ -60,8 +60,8 @@ def measure_latents(norm: LatentNorm, songs: CodecSongs) -> None:
     counts = max(MIN_COUNTS, n * songs.sizes.geometry.window_latents)
     mean = (total / n).float()
     variance = (squares / n - (total / n).square()).clamp(min=0)
-    silent = squares == 0
-    variance = torch.where(silent, torch.zeros_like(variance), variance.clamp(min=_MIN_STD**2)).float()
+    still = variance == 0
+    variance = torch.where(still, torch.zeros_like(variance), variance.clamp(min=_MIN_STD**2)).float()
     norm.counts.fill_(counts)
     norm.sum_x.copy_(mean * counts)
     norm.sum_x2.copy_((variance + mean.square()) * counts)
@@ -91,9 +91,9 @@ class FlowModules(nn.Module):
 
 
 def carried_channels(sizes: TrainingSizes) -> Tensor:
-    """[32] ones for the latent channels that carry something, left side first, and zeros."""
+    """[32] ones for the latent channels that move in time, the active and the frames' sign, left side first."""
     n = sizes.geometry.latent_channels // 2
-    return (torch.arange(2 * n) % n < sizes.active_latents).float()
+    return (torch.arange(2 * n) % n < sizes.active_latents + 1).float()
 
 
 class FlowTask:

@@ -1,8 +1,10 @@
-"""Mel VAE: the encoder half, which only training needs, and its stage.
+"""Mel VAE: the encoder half, which only training needs, and its stage. The mel's rows are those of `grains`.
 
-The encoder cuts the mel into patches of 8 frames by 8 bands, one for each position of the latent grid, so that all its
-work is on that grid. Of the 16 latent channels the first `active_latents` carry something; the others are zero, in
-training and, by a deviation of zero in the latent statistics, at inference: the flow has that much less to make.
+The encoder sees strengths. It cuts them into patches of 8 frames by 8 rows, one for each position of the latent grid,
+so that all its work is on that grid. The decoder makes rows, strengths with their textures, and for that the latents
+say where they are: the first `active_latents` of the 16 channels carry the sound and change sign from frame to frame,
+as textures do; one more is the sign itself; one is a sign that changes from bin to bin, which is constant in time and
+costs the flow nothing, as its deviation is zero. The others are zero.
 """
 
 from __future__ import annotations
@@ -15,32 +17,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lada_rt_export.demo.training.data import CodecSongs
+from lada_rt_export.demo.training.grains import N_ROWS, N_TONE_ROWS, rows_of
 from lada_rt_export.demo.training.loop import Losses
 from lada_rt_export.demo.training.sizes import TrainingSizes
 from lada_rt_export.models.mel_vae import MelVAE
 
-__all__ = ["MelAutoencoder", "MelEncoder", "MelVAETask"]
+__all__ = ["N_CLOCKS", "MelAutoencoder", "MelEncoder", "MelVAETask"]
 
 _PATCH = 8
-#: middle and spread of log-mel values
-_MEL_MEAN, _MEL_STD = -5.0, 3.0
+_WIDTH = 96
 _KL = 1e-3
-_MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE = -12.0, 4.0
+_MIN_LOG_VARIANCE, _FIRST_LOG_VARIANCE, _MAX_LOG_VARIANCE = -12.0, -4.5, 4.0
+#: weight of the mean absolute error beside the root mean square ones
+_ABSOLUTE = 0.5
+#: signs of frames and of bins
+N_CLOCKS = 2
+
+
+def _signs(n: int, device: torch.device) -> Tensor:
+    return 1.0 - 2.0 * (torch.arange(n, device=device) % 2)
 
 
 class MelEncoder(nn.Module):
-    """Log-mel of one side to the mean and log variance of its active latents."""
+    """Strengths of one side to the mean and log variance of its active latents, before their signs."""
 
     def __init__(self, active: int) -> None:
         super().__init__()
-        width = 64
-        self.patch = nn.Conv2d(1, width, _PATCH, _PATCH)
-        self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.out = nn.Conv2d(width, 2 * active, 1)
+        self.patch = nn.Conv2d(1, _WIDTH, _PATCH, _PATCH)
+        self.bin = nn.Parameter(0.1 * torch.randn(_WIDTH, 1, N_ROWS // _PATCH))
+        self.mix = nn.ModuleList(nn.Conv2d(_WIDTH, _WIDTH, (3, 1), padding=(1, 0)) for _ in range(2))
+        self.out = nn.Conv2d(_WIDTH, 2 * active, 1)
+        # little noise at first: the decoder has to find the textures in what is left
+        assert self.out.bias is not None
+        nn.init.constant_(self.out.bias[active:], _FIRST_LOG_VARIANCE)
 
-    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, strength: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 256, 8 L] -> mean and log variance, [B, active, L, 32] float32 each."""
-        x = self.patch((mel.transpose(1, 2).unsqueeze(1) - _MEL_MEAN) / _MEL_STD)
+        # a root: faint rows count too
+        x = self.patch(strength.sqrt().transpose(1, 2).unsqueeze(1)) + self.bin
         for conv in self.mix:
             x = x + conv(F.silu(x))
         mean, log_variance = self.out(x).float().chunk(2, dim=1)
@@ -48,32 +62,34 @@ class MelEncoder(nn.Module):
 
 
 class MelAutoencoder(nn.Module):
-    """Encoder half and the decoder of inference."""
+    """Encoder half and the decoder of inference. Frames are counted from the start of what it is given."""
 
     def __init__(self, sizes: TrainingSizes) -> None:
         super().__init__()
         self.encoder = MelEncoder(sizes.active_latents)
         self.vae = MelVAE(sizes.mel_vae).requires_grad_(True)
         self.n_channels = sizes.mel_vae.embed_channels
-        # silence and sound are far from zero: start in between
-        nn.init.constant_(self.vae.decoder.conv_out.bias, _MEL_MEAN)  # type: ignore[arg-type]
 
-    def pad(self, active: Tensor) -> Tensor:
-        """[B, active, L, 32] with zeros for the channels that carry nothing: [B, 16, L, 32]."""
-        return F.pad(active, (0, 0, 0, 0, 0, self.n_channels - active.shape[1]))
+    def place(self, active: Tensor) -> Tensor:
+        """[B, active, L, 32] with signs, clocks and zeros: the latents [B, 16, L, 32]."""
+        batch, n_active, n_frames, n_bins = active.shape
+        frames = _signs(n_frames, active.device)[:, None].expand(batch, 1, n_frames, n_bins)
+        bins = _signs(n_bins, active.device).expand(batch, 1, n_frames, n_bins)
+        zeros = active.new_zeros(batch, self.n_channels - n_active - N_CLOCKS, n_frames, n_bins)
+        return torch.cat([active * frames, frames, bins, zeros], dim=1)
 
     def decode(self, active: Tensor) -> Tensor:
-        """[B, active, L, 32] -> log-mel [B, 256, 8 L]."""
-        return self.vae(self.pad(active)).squeeze(1).transpose(1, 2)
+        """[B, active, L, 32] -> rows [B, 256, 8 L]."""
+        return self.vae(self.place(active)).squeeze(1).transpose(1, 2)
 
     @torch.no_grad()
-    def latents(self, mel: Tensor) -> Tensor:
-        """The means for a log-mel [B, 256, 8 L]: [B, 16, L, 32] float32."""
-        return self.pad(self.encoder(mel)[0])
+    def latents(self, strength: Tensor) -> Tensor:
+        """The means for strengths [B, 256, 8 L]: [B, 16, L, 32] float32."""
+        return self.place(self.encoder(strength)[0])
 
 
 class MelVAETask:
-    """Trains `MelAutoencoder` by the difference of mels and of their steps in time, and a light prior."""
+    """Trains `MelAutoencoder` by the errors of tones and noise, each over its own power, and a light prior."""
 
     name = "mel_vae"
 
@@ -86,11 +102,19 @@ class MelVAETask:
 
     def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
         batch, n_codes = self.budget.crop(step)
-        mel, _ = self.songs.mel_crops(rng, batch, 4 * n_codes)
-        mean, log_variance = self.modules.encoder(mel)
+        strength, _ = self.songs.strength_crops(rng, batch, 4 * n_codes)
+        rows = rows_of(strength)
+        mean, log_variance = self.modules.encoder(strength)
         z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-        out = self.modules.decode(z).float()
-        mel_loss = F.l1_loss(out, mel)
-        edge_loss = F.l1_loss(out.diff(dim=2), mel.diff(dim=2))
+        error = self.modules.decode(z).float() - rows
+        tones = _relative(error[:, :N_TONE_ROWS], rows[:, :N_TONE_ROWS])
+        noise = _relative(error[:, N_TONE_ROWS:], rows[:, N_TONE_ROWS:])
+        absolute = error.abs().mean() / rows.abs().mean().clamp(min=1e-3)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        yield self.name, {"loss": mel_loss + 0.5 * edge_loss + _KL * kl, "mel": mel_loss, "edges": edge_loss, "kl": kl}
+        loss = tones + noise + _ABSOLUTE * absolute + _KL * kl
+        yield self.name, {"loss": loss, "tones": tones, "noise": noise, "absolute": absolute, "kl": kl}
+
+
+def _relative(error: Tensor, truth: Tensor) -> Tensor:
+    """Root of the mean square of the error over that of the truth, silence taken for faint noise."""
+    return (error.square().mean() / truth.square().mean().clamp(min=1e-4)).sqrt()

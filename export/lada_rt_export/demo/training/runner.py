@@ -6,7 +6,6 @@ processor seconds; no stage has run to its end, so these are estimates and rathe
     songs      320 songs            4 s each                                    0.2 h
     codec      4000 steps           1.2 s, whole windows 2.6 s                  0.8 h
     mel_vae    3000 steps           1.8 s, long crops 3.6 s                     0.9 h
-    vocoder    6000 steps           1.3 s, second half 2.3 s                    1.5 h
     style      800 steps            1.6 s                                       0.2 h
     codes      1500 + 320 songs     8 s each, less for the 320                  1.7 h
     flow       6000 steps           1.7 s, whole windows 3.1 s                  1.5 h
@@ -32,12 +31,11 @@ from lada_rt_export.demo.training.codes import encode_codec_songs, encode_predic
 from lada_rt_export.demo.training.data import CodecSongs, render_codec_songs
 from lada_rt_export.demo.training.flow import FlowTask
 from lada_rt_export.demo.training.loop import RunOptions, Task, load_weights, train
-from lada_rt_export.demo.training.mel_vae import MelAutoencoder, MelVAETask
+from lada_rt_export.demo.training.mel_vae import MelVAETask
 from lada_rt_export.demo.training.predictor import PredictorSongs, PredictorTask
 from lada_rt_export.demo.training.sizes import PRESETS, STAGE_ORDER, TrainingSizes
 from lada_rt_export.demo.training.source import TrainedSource, collect_weights
 from lada_rt_export.demo.training.style import StyleTask
-from lada_rt_export.demo.training.vocoder import VocoderTask
 
 __all__ = ["main", "run_stage", "train_all"]
 
@@ -72,10 +70,6 @@ def _task(sizes: TrainingSizes, options: RunOptions, stage: str) -> Task:
         return CodecTask(sizes, songs)
     if stage == "mel_vae":
         return MelVAETask(sizes, songs)
-    if stage == "vocoder":
-        autoencoder = MelAutoencoder(sizes)
-        _loaded(folder, "mel_vae", autoencoder, device)
-        return VocoderTask(sizes, songs, autoencoder)
     if stage == "style":
         return StyleTask(sizes, songs, options.seed)
     if stage == "flow":

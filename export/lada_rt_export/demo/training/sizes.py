@@ -25,7 +25,7 @@ from lada_rt_export.models.vq import VQConfig
 __all__ = ["PRESETS", "STAGE_ORDER", "Budget", "TrainingSizes"]
 
 #: the order of work; a stage needs the results of those before it
-STAGE_ORDER = ("songs", "codec", "mel_vae", "vocoder", "style", "codes", "flow", "predictor")
+STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "codes", "flow", "predictor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Budget:
         n_steps: optimizer steps in all.
         batch_size: crops in a step.
         crops: (share of the steps after which it ends, length of a crop), the last share 1. Lengths count codes, but
-            mel frames in `vocoder` and hundredths of a second of audio in `style`.
+            hundredths of a second of audio in `style`.
         learning_rate: the peak; it warms up over a fiftieth of the steps and falls to a tenth on a cosine.
         average: decay of the running mean of the weights that is exported; 0 exports the weights themselves.
         long_batch_size: crops in a step of the last crop length; 0 is batch_size.
@@ -69,11 +69,12 @@ class TrainingSizes:
 
     Attributes:
         geometry: rates and windows; the flow serves its window.
-        n_codec_songs: songs, one decoder window long, that encoder, mel VAE, vocoder and flow learn from.
+        n_codec_songs: songs, one decoder window long, that encoder, mel VAE and flow learn from.
         n_predictor_songs: songs of 40 to 60 s that mask predictor learns from.
         song_s: length of the latter; None draws it.
         n_vocal_takes: vocals of a song, the first clean, the others disturbed.
-        active_latents: channels of a latent side that carry anything; the others are zero (spec/mucodec has 16).
+        active_latents: channels of a latent side that carry the sound; two more say where they are, the others are zero
+            (spec/mucodec has 16).
         held_out: song seeds below it train, those from it on never do.
         sounds: whether songs trained at this size are worth hearing: false for tests.
     """
@@ -96,7 +97,6 @@ class TrainingSizes:
     n_vocal_takes: int
     active_latents: int
     max_seconds: int
-    adversarial: bool
     held_out: int = 90_000
     sounds: bool = True
 
@@ -105,7 +105,7 @@ class TrainingSizes:
             raise ParamError("training sizes: predictor and quantiser must have one vocabulary; correct the preset")
         if self.flow.latent_frames != self.geometry.window_latents:
             raise ParamError("training sizes: the flow must serve the decoder window; correct the preset")
-        if set(self.budgets) != {"codec", "mel_vae", "vocoder", "style", "flow", "predictor"}:
+        if set(self.budgets) != {"codec", "mel_vae", "style", "flow", "predictor"}:
             raise ParamError("training sizes: expected one budget for each trained stage; correct the preset")
 
 
@@ -125,7 +125,7 @@ def _toy() -> TrainingSizes:
         vq=VQConfig(dim=16, codebook_size=32, codebook_dim=4),
         flow=FlowConfig(n_layers=1, n_heads=1, head_dim=8, time_features=16, latent_frames=64),
         mel_vae=MelVAEConfig(channels=4, multiples=(1, 1, 1, 1), n_res_blocks=1, norm_groups=2),
-        vocoder=VocoderConfig(initial_channels=32, resblock_kernels=(3,), dilations=((1,),)),
+        vocoder=VocoderConfig(initial_channels=224, resblock_kernels=(3,), dilations=((1,),)),
         mert=MertConfig(
             hidden_size=8, n_layers=1, n_heads=2, intermediate_size=8, conv_channels=(4,) * 7, pos_conv_groups=4
         ),
@@ -135,7 +135,6 @@ def _toy() -> TrainingSizes:
         budgets={
             "codec": Budget(3, 2, ((1.0, 64),)),
             "mel_vae": Budget(3, 2, ((0.5, 8), (1.0, 16)), average=0.9),
-            "vocoder": Budget(3, 1, ((1.0, 16),)),
             "style": Budget(3, 4, ((1.0, 20),)),
             "flow": Budget(3, 2, ((0.5, 32), (1.0, 128)), average=0.9, long_batch_size=1),
             "predictor": Budget(3, 2, ((0.5, 32), (1.0, 96)), average=0.9),
@@ -146,7 +145,6 @@ def _toy() -> TrainingSizes:
         n_vocal_takes=2,
         active_latents=2,
         max_seconds=30,
-        adversarial=True,
         sounds=False,
     )
 
@@ -159,8 +157,9 @@ def _demo() -> TrainingSizes:
         vq=VQConfig(dim=96, codebook_size=1024, codebook_dim=32),
         # a token holds 2 x 2 positions of 2 x 8 active channels: 64 numbers must pass through its width
         flow=FlowConfig(n_layers=2, n_heads=1, head_dim=80, time_features=128),
-        mel_vae=MelVAEConfig(channels=16, multiples=(1, 1, 1, 2), n_res_blocks=1, norm_groups=8),
-        vocoder=VocoderConfig(initial_channels=96, resblock_kernels=(3, 7), dilations=((1, 3),) * 2),
+        mel_vae=MelVAEConfig(channels=16, multiples=(1, 2, 3, 3), n_res_blocks=1, norm_groups=8),
+        # 216 rows and their offset
+        vocoder=VocoderConfig(initial_channels=224, resblock_kernels=(3,), dilations=((1,),)),
         mert=MertConfig(
             hidden_size=32, n_layers=2, n_heads=2, intermediate_size=64, conv_channels=(16,) * 7, pos_conv_groups=4
         ),
@@ -170,8 +169,7 @@ def _demo() -> TrainingSizes:
         predictor=MaskPredictorConfig(128, 5, 4, 2, 256, 1024, 1024, condition_size=32, rtd_head=True),
         budgets={
             "codec": Budget(4000, 6, ((0.8, 256), (1.0, 1024)), 1e-3, long_batch_size=2),
-            "mel_vae": Budget(3000, 2, ((0.8, 64), (1.0, 256)), 1e-3, average=0.998, long_batch_size=1),
-            "vocoder": Budget(6000, 4, ((1.0, 48),), 1e-3, average=0.998),
+            "mel_vae": Budget(1800, 3, ((0.9, 32), (1.0, 192)), 2e-3, average=0.998, long_batch_size=1),
             "style": Budget(800, 20, ((1.0, 300),), 1e-3),
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
             "predictor": Budget(8000, 8, ((0.6, 256), (1.0, 1000)), 1e-3, average=0.999, long_batch_size=2),
@@ -182,7 +180,6 @@ def _demo() -> TrainingSizes:
         n_vocal_takes=2,
         active_latents=8,
         max_seconds=120,
-        adversarial=False,
     )
 
 

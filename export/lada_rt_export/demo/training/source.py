@@ -26,11 +26,11 @@ from lada_rt_export.bundle_source import BundleHeader
 from lada_rt_export.demo.bundle import REF_CHUNK_SAMPLES, byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.flow import FlowModules
+from lada_rt_export.demo.training.grains import grain_vocoder
 from lada_rt_export.demo.training.loop import load_weights
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.demo.training.style import StyleModules
-from lada_rt_export.demo.training.vocoder import VocoderModules
 from lada_rt_export.models.clamp3 import Clamp3Audio, Clamp3Text
 from lada_rt_export.models.flow import Flow
 from lada_rt_export.models.latent_norm import LatentNorm
@@ -67,11 +67,10 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         CheckpointError: a checkpoint is damaged.
     """
     codec, mel, style = Codec(sizes), MelAutoencoder(sizes), StyleModules(sizes)
-    vocoder, flow, predictor = VocoderModules(sizes), FlowModules(sizes), MaskPredictor(sizes.predictor)
+    flow, predictor = FlowModules(sizes), MaskPredictor(sizes.predictor)
     stages: dict[str, nn.Module] = {
         "codec": codec,
         "mel_vae": mel,
-        "vocoder": vocoder,
         "style": style,
         "flow": flow,
         "predictor": predictor,
@@ -82,7 +81,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         "muq": codec.muq,
         "vq": codec.vq,
         "mel_vae": mel.vae,
-        "vocoder": vocoder.vocoder,
+        "vocoder": grain_vocoder(sizes.vocoder),
         "clamp3_text": style.text,
         "clamp3_audio": style.audio,
         "mert": style.mert,

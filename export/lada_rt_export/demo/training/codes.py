@@ -116,7 +116,7 @@ def encode_codec_songs(
 def encode_predictor_songs(
     sizes: TrainingSizes, folder: Path, seed: int, n_workers: int, done: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Render and encode the predictor songs that are not there yet; about 6 s each on one core at 50 s a song.
+    """Render and encode the predictor songs that are not there yet.
 
     Returns:
         Whether all are there.

@@ -102,7 +102,7 @@ def _render_codec_song(job: tuple[str, str, int, int]) -> None:
 def render_codec_songs(
     sizes: TrainingSizes, root: Path, seed: int, n_workers: int, done: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Render the codec songs that are not there yet; about 4 s and 15 MB each at the real window.
+    """Render the codec songs that are not there yet; about 3 s and 15 MB each at the real window.
 
     Returns:
         Whether all are there.

@@ -1,15 +1,16 @@
 """The stages in order, resumable at any moment; what `python -m lada_rt_export.demo.train` runs.
 
-Budget of the `demo` preset on two CPU cores, extrapolated from three timed steps of each stage on a busy machine, in
-processor seconds; no stage has run to its end, so these are estimates and rather too high:
+Budget of the `demo` preset on a CPU, in processor seconds of one core (AMD EPYC with AVX-512), measured over
+hundreds of steps of songs, codec and mel_vae and two steps of the others. Two cores take half of the sum if two stages
+run side by side: mel_vae beside codec, flow beside the codes of the predictor's songs.
 
-    songs      320 songs            4 s each                                    0.2 h
-    codec      4000 steps           1.2 s, whole windows 2.6 s                  0.8 h
-    mel_vae    3000 steps           1.8 s, long crops 3.6 s                     0.9 h
-    style      800 steps            1.6 s                                       0.2 h
-    codes      1500 + 320 songs     8 s each, less for the 320                  1.7 h
-    flow       6000 steps           1.7 s, whole windows 3.1 s                  1.5 h
-    predictor  8000 steps           1.9 s                                       2.2 h
+    songs      320 songs            3 s each                                    0.3 h
+    codec      4000 steps           0.29 s                                      0.3 h
+    mel_vae    1800 steps           0.63 s, long crops 1.3 s                    0.3 h
+    style      800 steps            0.6 s                                       0.1 h
+    codes      1500 + 320 songs     1.3 s to render, the rest not measured      1 h
+    flow       6000 steps           0.38 s, whole windows 1.2 s                 0.8 h
+    predictor  8000 steps           0.37 s, whole songs 0.73 s                  1.1 h
 """
 
 from __future__ import annotations

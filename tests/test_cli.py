@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from lada_rt import Pipeline, cli
+from lada_rt import GenerationParams, Pipeline, cli
 from lada_rt.audio import AudioWriter, wav_header
 from lada_rt.bundle import demo_bundle_path
 from lada_rt.geometry import CodecGeometry
@@ -420,9 +421,16 @@ def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(capfd, "no-such-command")[0] == 2
 
 
+def test_defaults_are_those_of_the_library() -> None:
+    options = {option.name: option for option in cli.generate.params}
+    for field in dataclasses.fields(GenerationParams):
+        assert options[field.name].default == field.default
+        assert isinstance(field.default, type(options[field.name].type.convert(str(field.default), None, None)))
+
+
 def test_import_is_light() -> None:
     """`import lada_rt` loads neither a backend nor torch, and neither does reading the help."""
-    code = "import lada_rt, sys; print([m for m in ('torch', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
+    code = "import lada_rt.cli, sys; print([m for m in ('torch', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

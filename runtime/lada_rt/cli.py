@@ -17,20 +17,26 @@ from click.core import ParameterSource
 
 import lada_rt
 from lada_rt.errors import EngineError, GenerationCancelled, LadaError, ParamError
+from lada_rt.params import GenerationParams
 
 if TYPE_CHECKING:
-    from lada_rt.params import GenerationParams
     from lada_rt.pipeline import Pipeline
     from lada_rt.progress import OnProgress
     from lada_rt.results import Result
 
 PathArg = click.Path(path_type=Path)
 
-#: options of `generate` that say how codes are drawn and decoded, named as in GenerationParams
-DRAWING_OPTIONS = (
-    *("steps", "schedule", "strategy", "top_k", "top_p", "temperature", "mask_temperature"),
-    *("flow_steps", "guidance", "seed"),
-)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationParams)}
+#: options of `generate` that say how codes are drawn and decoded
+DRAWING_OPTIONS = tuple(name for name in DEFAULTS if name != "prefix_order")
+
+
+def param_option(name: str, text: str) -> Any:
+    """An option for a field of GenerationParams, with its default and type."""
+    default: Any = DEFAULTS[name]
+    return click.option(
+        f"--{name.replace('_', '-')}", type=type(default), default=default, show_default=True, help=text
+    )
 
 
 def backend_options(command: Any) -> Any:
@@ -71,50 +77,17 @@ def app() -> None:
     metavar="FILE",
     help="Audio whose style to follow, read from --start to its end.",
 )
-@click.option("--steps", type=int, default=60, show_default=True, help="Denoising steps.")
-@click.option(
-    "--schedule",
-    default="cosine",
-    show_default=True,
-    help="cosine, linear, sqrt, square, cubic or power:<p>.",
-)
-@click.option(
-    "--strategy",
-    default="low_confidence",
-    show_default=True,
-    help="low_confidence, random, fixed_position or one_shot.",
-)
-@click.option("--top-k", type=int, default=100, show_default=True, help="Draw from the k likeliest tokens.")
-@click.option(
-    "--top-p",
-    type=float,
-    default=0.9,
-    show_default=True,
-    help="Draw from the smallest set of this mass; 1 is off.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the token draw.")
-@click.option(
-    "--mask-temperature",
-    type=float,
-    default=10.5,
-    show_default=True,
-    help="Noise on the confidence, annealed to 0.",
-)
-@click.option("--flow-steps", type=int, default=20, show_default=True, help="Steps of the flow decoder.")
-@click.option(
-    "--guidance",
-    type=float,
-    default=1.5,
-    show_default=True,
-    help="Of the flow decoder; 1 is off and halves its work.",
-)
-@click.option("--seed", type=int, default=13, show_default=True, help="Same inputs, options and seed: same bytes.")
-@click.option(
-    "--prefix-order",
-    default="ref,text",
-    show_default=True,
-    help="Condition slots: ref,text (as released) or text,ref (as trained).",
-)
+@param_option("steps", "Denoising steps.")
+@param_option("schedule", "cosine, linear, sqrt, square, cubic or power:<p>.")
+@param_option("strategy", "low_confidence, random, fixed_position or one_shot.")
+@param_option("top_k", "Draw from the k likeliest tokens.")
+@param_option("top_p", "Draw from the smallest set of this mass; 1 is off.")
+@param_option("temperature", "Of the token draw.")
+@param_option("mask_temperature", "Noise on the confidence, annealed to 0.")
+@param_option("flow_steps", "Steps of the flow decoder.")
+@param_option("guidance", "Of the flow decoder; 1 is off and halves its work.")
+@param_option("seed", "Same inputs, options and seed: same bytes.")
+@param_option("prefix_order", "Condition slots: ref,text (as released) or text,ref (as trained).")
 @click.option("--start", type=float, default=0.0, metavar="S", help="Start of the segment in seconds.")
 @click.option("--end", type=float, metavar="E", help="End of the segment in seconds. Default: end of the file.")
 @click.option("--mix", is_flag=True, help="Add the vocal at unity gain; the output gets the vocal's length.")
@@ -148,7 +121,6 @@ def generate(
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
     from lada_rt.audio import check_output_path
     from lada_rt.delivery import Delivery
-    from lada_rt.params import GenerationParams
     from lada_rt.pipeline import Pipeline
     from lada_rt.progress import Progress
     from lada_rt.saved_run import save_codes as write_codes
@@ -377,8 +349,8 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 @click.option("--steps", default="8,20,60", show_default=True, help="Denoising steps to measure, separated by commas.")
 @click.option("--seconds", default="10,30", show_default=True, help="Lengths of the vocal, which is sung for you.")
 @click.option("--repeat", type=int, default=2, show_default=True, help="Timed runs of each combination.")
-@click.option("--flow-steps", type=int, default=20, show_default=True, help="Steps of the flow decoder.")
-@click.option("--seed", type=int, default=13, show_default=True, help="Of the vocal and of the runs.")
+@param_option("flow_steps", "Steps of the flow decoder.")
+@param_option("seed", "Of the vocal and of the runs.")
 @click.option("--text", default="", help="Description of the music.")
 @click.option("--quality/--no-quality", default=True, show_default=True, help="What fewer steps cost, beside the time.")
 @click.option(

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lada_rt.condition import PREFIX_ORDERS
 from lada_rt.errors import ParamError
-from lada_rt.schedule import parse_schedule
 
 __all__ = ["STRATEGIES", "GenerationParams"]
 
@@ -56,6 +54,10 @@ class GenerationParams:
     prefix_order: str = "ref,text"
 
     def __post_init__(self) -> None:
+        # here, not above: the command line's help reads the defaults and shall not wait for numpy
+        from lada_rt.condition import PREFIX_ORDERS
+        from lada_rt.schedule import parse_schedule
+
         _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_int("flow_steps", self.flow_steps, 1, MAX_STEPS)
         _check_int("seed", self.seed, 0, 2**64 - 1)

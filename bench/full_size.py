@@ -1,12 +1,16 @@
 """Does a release of the real sizes become a bundle within 16 GB of memory, and do its graphs compute what torch does?
 
-    python bench/full_size.py [--scale full] [--folder DIR] [--out results/DATE-DEVICE-full-size.json]
+    python bench/full_size.py [--scale full] [--folder DIR] [--stages A,B] [--json results/DATE-DEVICE-full-size.json]
 
-Writes a synthetic release (12 GB), builds one stage after the other, each in a process of its own so that its peak
-memory can be told, and lets ONNX Runtime generate a short song from the bundle. The proof of each stage is the
-comparison: a denoiser call at T = 751, one step of a flow window, one mel window, one vocoder block, and so on, against
-the float32 torch module on the same random input. Needs 30 GB of disk; everything but the result file is removed
-afterwards.
+Writes a synthetic release (12 GB), turns it into a bundle with `lada-rt build-engine` and lets `lada-rt generate` make a
+short song from it. Each stage is proven by the build itself: a denoiser call at T = 751, one step of a flow window, one
+mel window, one vocoder block, and so on, in ONNX Runtime against the float32 torch module on the same random input.
+
+The peak memory of each stage is read between stages from the one process that builds them: all that is resident, which
+counts the pages of checkpoint and weights that are mapped files and that the system can take back, and what is not.
+
+Needs 30 GB of disk. With --folder the work stays there, and an interrupted run goes on where it was; --stages builds only
+some of them for now. Without, everything but the result file is removed.
 """
 
 from __future__ import annotations
@@ -20,55 +24,136 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
+import soundfile
 import torch
 from lada_rt.bundle import STAGES, Bundle
 from lada_rt.engines.onnxruntime import cpu_count
-from lada_rt_export.build import BuildOptions, build_bundle
-from lada_rt_export.release import Release
-from lada_rt_export.release_modules import ReleaseSource
 from lada_rt_export.synthetic_release import write_synthetic_release
 
-#: two rows of the flow and two channels of the mel decoder would pass this; they are left out and named in the result
-MEMORY_BYTES = 12 << 30
 LIMIT_BYTES = 16 << 30
 LIMIT_ERROR = 1e-4
+POLL_SECONDS = 0.1
 
 
-def build_stage(folder: Path, stage: str) -> None:
-    """One stage, in this process."""
-    checkpoint = next((folder / "release").glob("*.ckpt"))
-    source = ReleaseSource(Release.locate(checkpoint, folder / "release" / "pretrained"))
-    options = BuildOptions(stages=(stage,), memory_bytes=MEMORY_BYTES)
-    build_bundle(folder / "song.bundle", source, options, lambda line: print(line, flush=True))
+@dataclass(slots=True)
+class Part:
+    """What one stage of a command took."""
+
+    seconds: float = 0.0
+    peak_resident_gb: float = 0.0
+    #: without the pages of mapped files
+    peak_anonymous_gb: float = 0.0
+    lines: list[str] = field(default_factory=list)
 
 
-def measure_stage(folder: Path, stage: str) -> dict[str, Any]:
-    """Build a stage in a child process; its log, seconds and peak memory."""
-    start = time.monotonic()
-    command = [sys.executable, "-P", __file__, "--folder", str(folder), "--stage", stage]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        lines = []
-        for line in child.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{stage}: the build ended with {child.returncode}")
-    sizes = re.findall(r"^  (\w+): module ([\d.]+) s, engine ([\d.]+) s, error ([\d.e+-]+)$", "".join(lines), re.M)
-    exported = re.search(r"exported in (\d+) s, ([\d.]+) MB", "".join(lines))
+class Watched:
+    """A command whose log is cut into parts by the lines that begin a stage; memory is read for each part."""
+
+    def __init__(self, command: Sequence[str], begins: re.Pattern[str]) -> None:
+        self._begins = begins
+        self.parts: dict[str, Part] = {"": Part()}
+        self._part, self._started = self.parts[""], time.monotonic()
+        self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def run(self) -> int:
+        """Wait for the end; returns the exit code."""
+        with self._child, self._sampling():
+            assert self._child.stderr is not None
+            for line in self._child.stderr:
+                print(line, end="", flush=True)
+                begun = self._begins.search(line)
+                if begun:
+                    self._close_part()
+                    self._reset_peak()
+                    self._part = self.parts[begun[1]] = Part()
+                self._part.lines.append(line.rstrip("\n"))
+            _, status, usage = os.wait4(self._child.pid, 0)
+            self._child.returncode = os.waitstatus_to_exitcode(status)
+        self._close_part()
+        # the kernel's own figure for the whole process and its children: no peak between two samples is missed
+        whole = max(part.peak_resident_gb for part in self.parts.values())
+        if usage.ru_maxrss * 1024 / 1e9 > whole + 0.05:
+            raise SystemExit(f"a peak of {usage.ru_maxrss * 1024 / 1e9:.2f} GB was not sampled, {whole:.2f} GB were")
+        return self._child.returncode
+
+    def _close_part(self) -> None:
+        now = time.monotonic()
+        self._part.seconds, self._started = now - self._started, now
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def sample() -> None:
+            while not done.wait(POLL_SECONDS):
+                part, status = self._part, self._status()
+                part.peak_resident_gb = max(part.peak_resident_gb, status.get("VmHWM", 0.0))
+                part.peak_anonymous_gb = max(part.peak_anonymous_gb, status.get("RssAnon", 0.0))
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _status(self) -> dict[str, float]:
+        """Sizes in GB; nothing once the child is gone."""
+        try:
+            text = Path(f"/proc/{self._child.pid}/status").read_text()
+        except OSError:
+            return {}
+        return {name: int(kb) * 1024 / 1e9 for name, kb in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)}
+
+    def _reset_peak(self) -> None:
+        try:
+            Path(f"/proc/{self._child.pid}/clear_refs").write_text("5")
+        except OSError as error:
+            raise SystemExit(f"the peak memory of a stage cannot be read here ({error.strerror}): run it on Linux")
+
+
+def build(folder: Path, stages: Sequence[str]) -> None:
+    """`lada-rt build-engine` for some stages; leaves what it took beside the bundle, stage by stage."""
+    release = folder / "release"
+    command = [
+        *(sys.executable, "-P", "-m", "lada_rt.cli", "build-engine", "--out", str(folder / "song.bundle")),
+        *("--checkpoint", str(next(release.glob("*.ckpt"))), "--pretrained-root", str(release / "pretrained")),
+        *("--stages", ",".join(stages)),
+    ]
+    # hashing the files and looking through them come before the first stage, checksums and renaming after the last
+    watched = Watched(command, re.compile(r"lada-rt: (\w+) \(\d+ of \d+\): "))
+    code = watched.run()
+    for name, part in watched.parts.items():
+        log = "\n".join(part.lines)
+        if f"{name}: " in log and re.search(rf"lada-rt: {name}: [\d.]+ MB, ", log):
+            keep(folder, name, {**rounded(part), **proof_times(log)})
+        elif not name:
+            keep(folder, f"before_{'_'.join(stages)}", rounded(part))
+    if code:
+        raise SystemExit(f"build-engine ended with {code}")
+
+
+def rounded(part: Part) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in asdict(part).items() if name != "lines"}
+
+
+def proof_times(log: str) -> dict[str, Any]:
+    exported = re.search(r"exported in (\d+) s, ([\d.]+) MB", log)
+    sizes = re.findall(r"  (\w+): module ([\d.]+) s, engine ([\d.]+) s, error ([\d.e+-]+)$", log, re.M)
     return {
-        "seconds": round(time.monotonic() - start, 1),
-        # counts mapped pages of the checkpoint and of the graph's weights, which the system could take back
-        "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-        "export_seconds": int(exported[1]) if exported else None,
+        "export_s": int(exported[1]) if exported else None,
         "graph_mb": float(exported[2]) if exported else None,
         "sizes": {
             size: {"torch_fp32_s": float(a), "onnxruntime_s": float(b), "max_rel_error": float(e)}
@@ -77,94 +162,113 @@ def measure_stage(folder: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def generate(folder: Path) -> dict[str, Any]:
-    """A short song through the whole command, with few steps: that the bundle runs, not how fast."""
+def generate(folder: Path) -> None:
+    """A short song through the whole command, with few steps: that the bundle runs within the memory, not how fast."""
     report = folder / "report.json"
     vocal = folder / "vocal.wav"
-    _write_tone(vocal)
+    t = np.arange(2 * 48_000) / 48_000
+    soundfile.write(vocal, 0.3 * np.sin(2 * np.pi * 220 * t) * np.sin(np.pi * t / 2), 48_000)
     command = [
         *(sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(folder / "out.wav")),
-        *("--bundle", str(folder / "song.bundle"), "--steps", "2", "--flow-steps", "1", "--guidance", "1.0"),
+        *("--bundle", str(folder / "song.bundle"), "--steps", "2", "--flow-steps", "1"),
         *("--backend", "onnxruntime", "--device", "cpu", "--json", str(report)),
     ]
-    start = time.monotonic()
-    run = subprocess.run(command, check=False)
-    if run.returncode:
-        return {"exit_code": run.returncode, "wall_s": round(time.monotonic() - start, 1)}
+    watched = Watched(command, re.compile(r"(?!)"))
+    code = watched.run()
+    if code:
+        raise SystemExit(f"generate ended with {code}")
     data = json.loads(report.read_text())
-    return {
-        "audio_s": data["duration_s"],
-        "wall_s": round(time.monotonic() - start, 1),
-        "peak_rss_mb": data["peak_rss_mb"],
-        "timings": data["timings"],
+    samples, _ = soundfile.read(folder / "out.wav")
+    if not np.isfinite(samples).all() or not samples.any():
+        raise SystemExit("generate made silence, or no numbers")
+    keep(
+        folder,
+        "generate",
+        {
+            **rounded(watched.parts[""]),
+            "audio_s": data["duration_s"],
+            "timings": data["timings"],
+            **{name: data["params"][name] for name in ("steps", "flow_steps", "guidance")},
+        },
+    )
+
+
+def keep(folder: Path, name: str, record: dict[str, Any]) -> None:
+    (folder / "parts").mkdir(exist_ok=True)
+    (folder / "parts" / f"{name}.json").write_text(json.dumps(record))
+
+
+def kept(folder: Path, name: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "parts" / f"{name}.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def run(folder: Path, scale: str, stages: Sequence[str]) -> dict[str, Any] | None:
+    """Do what is still to be done of `stages`; the result, once there is nothing left."""
+    if kept(folder, "release") is None:
+        start = time.monotonic()
+        release = write_synthetic_release(folder / "release", scale, 1, print)
+        seconds = round(time.monotonic() - start, 1)
+        keep(folder, "release", {"scale": scale, "gb": round(release.n_bytes / 1e9, 2), "write_s": seconds})
+    todo = [name for name in stages if kept(folder, name) is None]
+    if todo:
+        build(folder, todo)
+    if any(kept(folder, name) is None for name in STAGES):
+        return None
+    if kept(folder, "generate") is None:
+        generate(folder)
+    bundle = Bundle.open(folder / "song.bundle")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    built = {name: kept(folder, name) or {} for name in STAGES}
+    parts = {path.stem for path in (folder / "parts").glob("*.json")} - {*STAGES, "release", "generate"}
+    result = {
+        "question": __doc__.splitlines()[0] if __doc__ else "",
+        "device": f"{platform.processor() or platform.machine()}, {cpu_count()} CPUs",
+        "commit": commit.stdout.strip(),
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "timing": "seconds of a stage hold reading, both runs of each size, export and hashing",
+        "release": kept(folder, "release"),
+        "bundle_gb": round(sum(f.bytes for f in bundle.all_files()) / 1e9, 2),
+        "stages": built,
+        "before_stages": {name.removeprefix("before_"): kept(folder, name) for name in sorted(parts)},
+        "proofs": {name: dict(entry.proof) for name, entry in bundle.stages.items()},
+        "generate": kept(folder, "generate"),
     }
-
-
-def _write_tone(path: Path) -> None:
-    import numpy as np
-    import soundfile
-
-    t = np.arange(2 * 48_000) / 48_000
-    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 220 * t) * np.sin(np.pi * t / 2), 48_000)
+    worst = max(entry.proof["max_rel_error"] for name, entry in bundle.stages.items() if name != "encoder")
+    peaks = [kept(folder, path.stem) or {} for path in (folder / "parts").glob("*.json")]
+    peak_gb = max(record.get("peak_resident_gb", 0.0) for record in peaks)
+    summary = {"worst_error": worst, "limit_error": LIMIT_ERROR, "peak_gb": peak_gb, "limit_gb": LIMIT_BYTES / 1e9}
+    return {**result, **summary}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--scale", default="full", choices=("tiny", "mid", "full"))
-    parser.add_argument("--folder", type=Path, help="where to work; default: a new temporary folder")
-    parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where to work and leave the bundle; default: a temporary folder")
+    parser.add_argument("--stages", default=",".join(STAGES), help="build these for now")
+    parser.add_argument("--json", type=Path, help="result file")
+    parser.add_argument("--note", help="a sentence for the result file")
     options = parser.parse_args()
-    if options.stage:
-        build_stage(options.folder, options.stage)
-        return
-    folder = Path(tempfile.mkdtemp(prefix="lada-rt-full-size-", dir=options.folder))
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="lada-rt-full-size-"))
     try:
-        result = run(folder, options.scale)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = run(folder, options.scale, options.stages.split(","))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if options.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if result is None:
+        print(f"stages are left to build: run it again with --folder {folder}")
+        return
+    if options.note:
+        result = {"note": options.note, **result}
     text = json.dumps(result, indent=1) + "\n"
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
     print(text)
-    if "audio_s" not in result["generate"]:
-        raise SystemExit("lada-rt generate failed; see above")
-    worst = max(
-        size["max_rel_error"]
-        for name, s in result["stages"].items()
-        if name != "encoder"
-        for size in s["sizes"].values()
-    )
-    peak = max(s["peak_rss_gb"] for s in result["stages"].values())
-    if not worst <= LIMIT_ERROR or peak * 1e9 > LIMIT_BYTES:
-        raise SystemExit(f"worst error {worst:.1e} of {LIMIT_ERROR}, peak {peak} GB of {LIMIT_BYTES / 1e9:.1f}")
-
-
-def run(folder: Path, scale: str) -> dict[str, Any]:
-    start = time.monotonic()
-    release = write_synthetic_release(folder / "release", scale, 1, print)
-    written_s = time.monotonic() - start
-    stages = {}
-    for name in STAGES:
-        stages[name] = measure_stage(folder, name)
-        print(json.dumps({name: stages[name]}), flush=True)
-    bundle = Bundle.open(folder / "song.bundle")
-    song = generate(folder)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "what": f"synthetic {scale} release to a bundle of float32 graphs, ONNX Runtime against torch float32",
-        "device": f"{platform.processor() or platform.machine()}, {cpu_count()} CPUs, shared with other work",
-        "commit": commit.stdout.strip(),
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "timing": "seconds of a stage include importing torch, reading, both runs of each size, export, hashing",
-        "release_gb": round(release.n_bytes / 1e9, 2),
-        "write_release_s": round(written_s, 1),
-        "bundle_gb": round(sum(f.bytes for f in bundle.all_files()) / 1e9, 2),
-        "stages": stages,
-        "proofs": {name: dict(entry.proof) for name, entry in bundle.stages.items()},
-        "generate": song,
-        "total_s": round(time.monotonic() - start, 1),
-    }
+    if not result["worst_error"] <= LIMIT_ERROR or result["peak_gb"] * 1e9 > LIMIT_BYTES:
+        raise SystemExit("an error or the memory is over its limit; see above")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class BuildOptions:
     stages: Sequence[str] = STAGES
     device: str = "auto"
     compatibility: Sequence[str] = ()
-    memory_bytes: int = 16 << 30
+    memory_bytes: int = 16_000_000_000
 
     def __post_init__(self) -> None:
         if self.precision is not None:

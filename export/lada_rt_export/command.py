@@ -27,6 +27,7 @@ def build(
     device: str = "auto",
     compatibility: str | None = None,
     max_seconds: int = 360,
+    memory_gb: float = 16.0,
     stages: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Bundle | None:
@@ -38,6 +39,7 @@ def build(
         backend, precision, device: see `BuildOptions`.
         compatibility: names joined by commas; None is none.
         max_seconds: longest song.
+        memory_gb: see `BuildOptions.memory_bytes`.
         stages: names joined by commas; None is all.
         log: told one line per step.
 
@@ -54,6 +56,7 @@ def build(
         stages=chosen,
         device=device,
         compatibility=() if compatibility is None else tuple(name.strip() for name in compatibility.split(",")),
+        memory_bytes=int(memory_gb * 1e9),
     )
     source: BundleSource
     if checkpoint is None or pretrained_root is None:

@@ -269,6 +269,13 @@ def redo_saved(
     help="For TensorRT engines that run on more, slower: later-versions, ampere-plus or both.",
 )
 @click.option("--max-seconds", type=int, default=360, show_default=True, help="Longest song, 1 to 360.")
+@click.option(
+    "--memory-gb",
+    type=click.FloatRange(1),
+    default=16.0,
+    show_default=True,
+    help="What the build may take; proofs that need more are left out and named in the manifest.",
+)
 @click.option("--stages", metavar="A,B", help="Build these only; the others are kept if they are up to date.")
 @click.option("--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, untrained.")
 @debug_option
@@ -282,6 +289,7 @@ def build_engine(
     device: str,
     compatibility: str | None,
     max_seconds: int,
+    memory_gb: float,
     stages: str | None,
     demo: bool,
 ) -> None:
@@ -308,6 +316,7 @@ def build_engine(
         device=device,
         compatibility=compatibility,
         max_seconds=max_seconds,
+        memory_gb=memory_gb,
         stages=stages,
         log=note,
     )

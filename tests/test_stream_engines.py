@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from lada_rt import GenerationParams, Pipeline
+from lada_rt import GenerationCancelled, GenerationParams, Pipeline
 from lada_rt.decode import VOCODER_HALO_FRAMES, render_window
+from lada_rt.engines.base import released
+from lada_rt.engines.onnxruntime import OnnxEngine
 from lada_rt.geometry import CodecGeometry
+from lada_rt.memory import return_freed
 from stubs import no_threads_left, sung
 
 GEOMETRY = CodecGeometry()
@@ -52,6 +56,56 @@ def test_vocoder_blocks_equal_one_pass(pipe: Pipeline, mel: KeepMel, monkeypatch
     # The test sees a halo that is too small.
     monkeypatch.setattr("lada_rt.decode.VOCODER_HALO_FRAMES", VOCODER_HALO_FRAMES // 8)
     assert np.abs(render(100) - whole).max() > 1e-4
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from /proc")
+def test_the_denoiser_gives_its_memory_back(pipe: Pipeline) -> None:
+    """Two minutes, all masked, reserve 0.2 GB; once released nothing is left of it, and the next run is the same."""
+    denoiser = pipe._engines["denoiser"]
+    n_frames = 3001
+    codes = np.full((1, n_frames), pipe.bundle.mask_id)
+    prefix = np.zeros((1, 2, pipe.bundle.prefix_dim), np.float32)
+
+    def run() -> np.ndarray:
+        rows = np.arange(n_frames)
+        return denoiser.run(vocal_codes=codes * 0, codes=codes, prefix=prefix, rows=rows)["logits"][::100].copy()
+
+    with released(denoiser):
+        pass
+    before_mb = resident_mb()
+    with released(denoiser):
+        first = run()
+        reserved_mb = resident_mb() - before_mb
+    return_freed()
+    assert reserved_mb > 100
+    assert resident_mb() - before_mb < 0.2 * reserved_mb
+    np.testing.assert_array_equal(run(), first)
+
+
+def test_a_run_releases_the_denoiser(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in a song and once in a region made anew, also when the run is cancelled."""
+    calls: list[int] = []
+    release = OnnxEngine.release
+
+    def counted(self: OnnxEngine) -> None:
+        assert self is pipe._engines["denoiser"]
+        calls.append(1)
+        release(self)
+
+    monkeypatch.setattr(OnnxEngine, "release", counted)
+    vocal = (sung(48_000), 48_000)
+    result = pipe.generate(vocal, params=FAST)
+    assert len(calls) == 1
+    pipe.regenerate(result, 0, 0.5)
+    assert len(calls) == 2
+    with pytest.raises(GenerationCancelled):
+        pipe.generate(vocal, params=FAST, on_progress=lambda progress: progress.stage != "denoise")
+    assert len(calls) == 3
 
 
 def test_chunks_joined_equal_generate(pipe: Pipeline) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from lada_rt.audio import AudioInput, load_audio
 from lada_rt.decode import SeededNoise, decode_latents, render_windows
-from lada_rt.engines.base import Engine
+from lada_rt.engines.base import Engine, released
 from lada_rt.errors import ParamError
 from lada_rt.geometry import CodecGeometry
 from lada_rt.long_song import denoise_spans
@@ -67,7 +67,7 @@ def redo(
 
     def latents() -> Iterator[ArrayLike]:
         nonlocal codes
-        with report.timed("denoise"):
+        with report.timed("denoise"), released(loaded.engines["denoiser"]):
             codes = denoise_spans(
                 engines["denoiser"],
                 origin.vocal_codes,

@@ -25,7 +25,7 @@ from lada_rt.condition import assemble_prefix, encode_reference, encode_text
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.denoise import FirstStep
 from lada_rt.encode import encode
-from lada_rt.engines.base import Engine
+from lada_rt.engines.base import Engine, released
 from lada_rt.errors import EngineError, ParamError
 from lada_rt.long_song import denoise_spans
 from lada_rt.params import GenerationParams
@@ -136,7 +136,7 @@ class Run:
         prepared = self.prepared = self.prepared or self._prepare()
         self.warnings = prepared.warnings
         self.total_samples = geometry.n_samples(len(prepared.vocal_codes))
-        with report.timed("denoise"):
+        with report.timed("denoise"), released(loaded.engines["denoiser"]):
             self.codes = denoise_spans(
                 self._engines["denoiser"],
                 prepared.vocal_codes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Engine", "loop_of"]
+__all__ = ["Engine", "loop_of", "released"]
 
 
 class Engine(Protocol):
@@ -36,3 +37,14 @@ def loop_of(engine: Engine) -> Callable[..., Any] | None:
     what they give. Those functions hand over to it, so that each of their callers runs on the device without knowing.
     """
     return getattr(engine, "loop", None)
+
+
+@contextmanager
+def released(engine: Engine) -> Iterator[None]:
+    """Afterwards, let an engine give back what the sizes of its runs made it reserve, where it reserves anything."""
+    try:
+        yield
+    finally:
+        release = getattr(engine, "release", None)
+        if release is not None:
+            release()

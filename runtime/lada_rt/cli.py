@@ -16,7 +16,8 @@ import click
 from click.core import ParameterSource
 
 import lada_rt
-from lada_rt.errors import EngineError, GenerationCancelled, LadaError, ParamError
+from lada_rt.errors import EngineError, LadaError, ParamError
+from lada_rt.notes import note
 from lada_rt.params import GenerationParams
 
 if TYPE_CHECKING:
@@ -119,82 +120,26 @@ def generate(
     **options: Any,
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
-    from lada_rt.audio import check_output_path
-    from lada_rt.delivery import Delivery
+    from lada_rt.generate_command import GenerateCommand, Targets
     from lada_rt.pipeline import Pipeline
-    from lada_rt.progress import Progress
-    from lada_rt.saved_run import save_codes as write_codes
-    from lada_rt.terminal import ProgressBars, print_summary, write_json_report
+    from lada_rt.results import Song
 
     params = GenerationParams(**options)
     region = check_keep(keep, redo)
-    path = None if out == "-" else Path(out)
-    if path is not None:
-        check_output_path(path, vocal)
-    check_report_path(json_file)
-    check_report_path(save_codes, "--save-codes")
+    targets = Targets(None if out == "-" else Path(out), json_file, save_codes)
+    targets.check(vocal)
 
     pipeline = Pipeline.load(bundle, backend=backend, device=device)
     if not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
-    rate_hz = pipeline.bundle.geometry.sample_rate_hz
-    with ProgressBars(enabled=not quiet and sys.stderr.isatty()) as bars:
-        delivery = Delivery(path, rate_hz, mix=mix, measure=json_file is not None)
-        try:
-            with delivery:
-                if keep is not None:
-                    result = redo_saved(pipeline, keep, vocal, region, params, bars.update)
-                    delivery.begin(result.audio.shape[1], result.vocal)
-                    delivery.write(result.audio)
-                else:
-
-                    def watch(progress: Progress) -> bool:
-                        bars.update(progress)
-                        if stream.total_samples is not None and stream.vocal is not None:
-                            delivery.begin(stream.total_samples, stream.vocal)
-                        return not delivery.reader_gone()
-
-                    with pipeline.stream(
-                        vocal,
-                        text=text,
-                        reference=reference,
-                        params=params,
-                        start_s=start,
-                        end_s=end,
-                        long=long,
-                        on_progress=watch,
-                        keep_latents=save_codes is not None,
-                    ) as stream:
-                        for chunk in stream:
-                            delivery.write(chunk.samples)
-                        result = stream.result()
-        except (BrokenPipeError, GenerationCancelled):
-            # Nobody is left to serve, so this is a quiet end.
-            delivery.abandon()
-            return
-    for line in result.warnings:
-        note(line)
-    gain = delivery.gain
-    if gain is not None and gain.lowest_gain_db < 0:
-        note(
-            f"the mix was turned down by up to {-gain.lowest_gain_db:.1f} dB, for {gain.limited_s:.2f} s in all, "
-            "to stay below its true-peak ceiling"
-        )
-    if save_codes is not None:
-        write_codes(save_codes, result)
-    if json_file is not None:
-        write_json_report(
-            json_file,
-            pipeline,
-            result,
-            delivery,
-            vocal=vocal,
-            out=out,
-            text=text,
-            reference=reference,
-            mix=mix,
-        )
-    print_summary(pipeline, result, out, delivery.n_samples or 0, file=sys.stderr if path is None else sys.stdout)
+    song = Song(vocal, text, reference, start, end, long)
+    command = GenerateCommand(pipeline, song, params, mix=mix, bars=not quiet and sys.stderr.isatty())
+    if keep is None:
+        command.stream(targets)
+        return
+    with command.bars:
+        result = redo_saved(pipeline, keep, vocal, region, params, command.bars.update)
+    command.deliver(result, targets)
 
 
 def check_keep(keep: Path | None, redo: str | None) -> tuple[float, float] | None:
@@ -333,7 +278,7 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
     """Show a BUNDLE: stages, shapes, measured errors, engines; verify its checksums. Default: the embedded demo."""
     from lada_rt.bundle import Bundle, demo_bundle_path
     from lada_rt.engines.cache import engine_report
-    from lada_rt.terminal import print_bundle, print_memory_plans, write_json
+    from lada_rt.terminal import check_report_path, print_bundle, print_memory_plans, write_json
     from lada_rt.torch_loop.memory import bundle_plans
 
     check_report_path(json_file)
@@ -384,6 +329,7 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 def bench(compare: tuple[Path, Path] | None, max_regression: str, **options: Any) -> None:
     """Measure RTF, TTFA and memory across step counts and lengths; every configuration is checked first."""
     from lada_rt.bench.command import compare_files, run_command
+    from lada_rt.terminal import check_report_path
 
     if compare is not None:
         if not compare_files(*compare, max_regression):
@@ -399,23 +345,13 @@ def bench(compare: tuple[Path, Path] | None, max_regression: str, **options: Any
 def doctor(json_file: Path | None) -> None:
     """Show backends, devices and versions, what is missing and how to get it."""
     from lada_rt.doctor import examine
-    from lada_rt.terminal import print_doctor, write_json
+    from lada_rt.terminal import check_report_path, print_doctor, write_json
 
     check_report_path(json_file)
     report = examine()
     print_doctor(report)
     if json_file is not None:
         write_json(json_file, report)
-
-
-def check_report_path(json_file: Path | None, option: str = "--json") -> None:
-    """Refuse a report that cannot be written before any work is done."""
-    if json_file is not None and (not json_file.parent.is_dir() or json_file.is_dir()):
-        raise ParamError(f"{option}: {json_file}: cannot be written; give a file name in a folder that exists")
-
-
-def note(message: str) -> None:
-    print(f"lada-rt: {message}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

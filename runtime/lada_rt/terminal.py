@@ -19,13 +19,15 @@ import lada_rt
 from lada_rt.audio import replaced_file
 from lada_rt.bundle import Bundle, TensorEntry
 from lada_rt.delivery import Delivery
+from lada_rt.errors import ParamError
 from lada_rt.pipeline import Pipeline
 from lada_rt.progress import Progress
-from lada_rt.results import Result
+from lada_rt.results import Result, Song
 from lada_rt.torch_loop.memory import MemoryPlan
 
 __all__ = [
     "ProgressBars",
+    "check_report_path",
     "peak_rss_mb",
     "print_bundle",
     "print_doctor",
@@ -34,6 +36,16 @@ __all__ = [
     "write_json",
     "write_json_report",
 ]
+
+
+def check_report_path(path: Path | None, option: str = "--json") -> None:
+    """Refuse a report that cannot be written before any work is done.
+
+    Raises:
+        ParamError: it cannot.
+    """
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise ParamError(f"{option}: {path}: cannot be written; give a file name in a folder that exists")
 
 
 class ProgressBars:
@@ -77,16 +89,7 @@ def print_summary(pipeline: Pipeline, result: Result, out: str, n_samples: int, 
 
 
 def write_json_report(
-    path: Path,
-    pipeline: Pipeline,
-    result: Result,
-    delivery: Delivery,
-    *,
-    vocal: Path,
-    out: str,
-    text: str,
-    reference: Path | None,
-    mix: bool,
+    path: Path, pipeline: Pipeline, song: Song, result: Result, delivery: Delivery, *, out: str, mix: bool
 ) -> None:
     """The report of one `generate`: inputs, options, bundle, timings and codes."""
     params = result.params
@@ -94,10 +97,10 @@ def write_json_report(
         path,
         {
             "lada_rt": lada_rt.__version__,
-            "vocal": str(vocal),
+            "vocal": str(song.vocal),
             "out": out,
-            "text": text,
-            "reference": None if reference is None else str(reference),
+            "text": song.text,
+            "reference": None if song.reference is None else str(song.reference),
             "mix": mix,
             "seed": params.seed,
             "params": {name: getattr(params, name) for name in params.__dataclass_fields__},

@@ -70,6 +70,12 @@ def test_generate_writes_audio_and_report(tmp_path: Path, vocal: Path, capfd: py
     assert {"encode_s", "condition_s", "denoise_s", "decode_s", "total_s", "first_audio_s", "rtf"} <= set(
         report["timings"]
     )
+    # what the first audio is promised within: encoding, denoising and one window, and a tenth
+    timings = report["timings"]
+    assert report["ttfa_limit_s"] == pytest.approx(
+        1.1 * (timings["encode_s"] + timings["denoise_s"] + timings["first_window_s"]), abs=1e-5
+    )
+    assert report["ttfa_s"] == pytest.approx(timings["first_audio_s"], abs=1e-5)
 
 
 def test_same_command_same_bytes_other_seed_other_bytes(

@@ -89,6 +89,13 @@ def app() -> None:
 @param_option("guidance", "Of the flow decoder; 1 is off and halves its work.")
 @param_option("seed", "Same inputs, options and seed: same bytes.")
 @param_option("prefix_order", "Condition slots: ref,text (as released) or text,ref (as trained).")
+@click.option(
+    "--variations",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Results to make, with the seeds S, S + 1, ...; OUT.wav becomes OUT-seedS.wav, ..., reports likewise.",
+)
 @click.option("--start", type=float, default=0.0, metavar="S", help="Start of the segment in seconds.")
 @click.option("--end", type=float, metavar="E", help="End of the segment in seconds. Default: end of the file.")
 @click.option("--mix", is_flag=True, help="Add the vocal at unity gain; the output gets the vocal's length.")
@@ -106,6 +113,7 @@ def generate(
     bundle: Path | None,
     text: str,
     reference: Path | None,
+    variations: int,
     start: float,
     end: float | None,
     mix: bool,
@@ -121,25 +129,39 @@ def generate(
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
     from lada_rt.generate_command import GenerateCommand, Targets
-    from lada_rt.pipeline import Pipeline
+    from lada_rt.pipeline import N_SEEDS, Pipeline
     from lada_rt.results import Song
 
     params = GenerationParams(**options)
     region = check_keep(keep, redo)
-    targets = Targets(None if out == "-" else Path(out), json_file, save_codes)
-    targets.check(vocal)
+    targets = [Targets(None if out == "-" else Path(out), json_file, save_codes)]
+    if variations != 1:
+        check_variations(out, keep)
+        targets = [targets[0].of_seed((params.seed + index) % N_SEEDS) for index in range(variations)]
+    for each in targets:
+        each.check(vocal)
 
     pipeline = Pipeline.load(bundle, backend=backend, device=device)
     if not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
     song = Song(vocal, text, reference, start, end, long)
     command = GenerateCommand(pipeline, song, params, mix=mix, bars=not quiet and sys.stderr.isatty())
-    if keep is None:
-        command.stream(targets)
-        return
-    with command.bars:
-        result = redo_saved(pipeline, keep, vocal, region, params, command.bars.update)
-    command.deliver(result, targets)
+    if variations != 1:
+        command.variations(targets)
+    elif keep is None:
+        command.stream(targets[0])
+    else:
+        with command.bars() as bars:
+            result = redo_saved(pipeline, keep, vocal, region, params, bars.update)
+        command.deliver(result, targets[0])
+
+
+def check_variations(out: str, keep: Path | None) -> None:
+    """Refuse what several results cannot be made from, or written to."""
+    if out == "-":
+        raise ParamError("--variations: expected a file name as OUT, got - for stdout, which holds one result")
+    if keep is not None:
+        raise ParamError("--variations: expected none with --keep; give each its --seed instead")
 
 
 def check_keep(keep: Path | None, redo: str | None) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Targets:
     json_file: Path | None
     codes_file: Path | None
 
+    def of_seed(self, seed: int) -> Targets:
+        """The files of one of several variations: band.wav becomes band-seed14.wav, which `--seed 14` makes alone."""
+        files = (self.out, self.json_file, self.codes_file)
+        return Targets(*(file and file.with_name(f"{file.stem}-seed{seed}{file.suffix}") for file in files))
+
     def check(self, vocal: Path) -> None:
         """Refuse what cannot be written before any work is done.
 
@@ -59,22 +65,25 @@ class GenerateCommand:
             bars: show progress.
         """
         self.pipeline, self.song, self.params = pipeline, song, params
-        self._mix = mix
-        self.bars = ProgressBars(enabled=bars)
+        self._mix, self._show_bars = mix, bars
+
+    def bars(self) -> ProgressBars:
+        """Progress of one result."""
+        return ProgressBars(enabled=self._show_bars)
 
     def stream(self, targets: Targets) -> None:
         """Make the song, writing it as it is made; a reader of stdout that is gone ends the work quietly."""
-        delivery = self._delivery(targets)
+        delivery, bars = self._delivery(targets), self.bars()
 
         def watch(progress: Progress) -> bool:
-            self.bars.update(progress)
+            bars.update(progress)
             if stream.total_samples is not None and stream.vocal is not None:
                 delivery.begin(stream.total_samples, stream.vocal)
             return not delivery.reader_gone()
 
         try:
             with (
-                self.bars,
+                bars,
                 delivery,
                 self.pipeline.stream(
                     self.song.vocal,
@@ -95,6 +104,25 @@ class GenerateCommand:
             delivery.abandon()
             return
         self._finish(result, delivery, targets)
+
+    def variations(self, targets: Sequence[Targets]) -> None:
+        """Make a result for each of `targets`, with the seeds params.seed, params.seed + 1, ...
+
+        Encoding, conditioning and the first denoising step are done once. A result is written when it is complete and
+        stays, whatever becomes of the next.
+        """
+        bars = self.bars()
+        results = self.pipeline.generate_batch(
+            [self.song],
+            params=self.params,
+            variations=len(targets),
+            on_progress=lambda progress: bars.update(progress),  # of the result in the making
+        )
+        for each in targets:
+            bars = self.bars()
+            with bars:
+                result = next(results)
+            self.deliver(result, each)
 
     def deliver(self, result: Result, targets: Targets) -> None:
         """Write a finished result."""

@@ -37,6 +37,9 @@ __all__ = [
     "write_json_report",
 ]
 
+#: the first audio is promised within this many times encoding, denoising and decoding one window
+TTFA_SLACK = 1.1
+
 
 def check_report_path(path: Path | None, option: str = "--json") -> None:
     """Refuse a report that cannot be written before any work is done.
@@ -92,7 +95,7 @@ def write_json_report(
     path: Path, pipeline: Pipeline, song: Song, result: Result, delivery: Delivery, *, out: str, mix: bool
 ) -> None:
     """The report of one `generate`: inputs, options, bundle, timings and codes."""
-    params = result.params
+    params, timings = result.params, result.timings
     write_json(
         path,
         {
@@ -114,9 +117,10 @@ def write_json_report(
             "device": pipeline.device,
             "sample_rate_hz": result.sample_rate,
             "duration_s": (delivery.n_samples or 0) / result.sample_rate,
-            "rtf": result.timings.rtf,
-            "ttfa_s": result.timings.first_audio_s,
-            "timings": result.timings.to_json(),
+            "rtf": timings.rtf,
+            "ttfa_s": timings.first_audio_s,
+            "ttfa_limit_s": TTFA_SLACK * (timings.encode_s + timings.denoise_s + timings.first_window_s),
+            "timings": timings.to_json(),
             "peak_rss_mb": peak_rss_mb(),
             **delivery.measurements(),
             "warnings": list(result.warnings),

@@ -3,8 +3,8 @@
     python bench/full_size.py [--scale full] [--folder DIR] [--stages A,B] [--json results/FILE.json]
 
 Writes a synthetic release (12 GB), turns it into a bundle with `lada-rt build-engine` and lets `lada-rt generate` make
-a short song from it. Each stage is proven by the build itself: a denoiser call at T = 751, one step of a flow window, one
-mel window, one vocoder block, and so on, in ONNX Runtime against the float32 torch module on the same random input.
+a short song from it. Each stage is proven by the build itself: a denoiser call at T = 751, one step of a flow window,
+one mel window, one vocoder block, and so on, in ONNX Runtime against the float32 torch module on the same random input.
 
 The peak memory of each stage is read between stages from the one process that builds them: all that is resident, which
 counts the pages of checkpoint and weights that are mapped files and that the system can take back, and what is not.

@@ -5,7 +5,7 @@
 Each length runs in a process of its own: a vocal of that length is streamed with few steps, the chunks are dropped as
 a player would. The peak resident set is read and reset at every change of stage, so each stage has its own peak.
 Compared between the shortest and the longest song are the peaks of encoding and decoding, less the vocal (the caller's
-and the one read) and less what the denoiser's engine keeps reserved once it has run.
+and the one read).
 """
 
 from __future__ import annotations
@@ -54,17 +54,14 @@ def measure(seconds: int, bundle: str | None) -> dict[str, Any]:
     del t
     loaded_mb = resident_mb()
     reset_peak()
-    stage, peaks, after_denoiser_mb, before_denoiser_mb = "encode", dict[str, float](), 0.0, 0.0
+    stage, peaks, resident = "encode", dict[str, float](), dict[str, float]()
 
     def watch(progress: Progress) -> None:
-        nonlocal stage, after_denoiser_mb, before_denoiser_mb
+        nonlocal stage
         name = "decode" if progress.stage in ("flow", "render") else progress.stage
         if name != stage:
             peaks[stage] = max(peaks.get(stage, 0.0), peak_mb())
-            if name == "denoise":
-                before_denoiser_mb = resident_mb()
-            if stage == "denoise":
-                after_denoiser_mb = resident_mb()
+            resident[name] = resident_mb()
             reset_peak()
             stage = name
 
@@ -76,17 +73,17 @@ def measure(seconds: int, bundle: str | None) -> dict[str, Any]:
     peaks[stage] = peak_mb()
     assert stream.vocal is not None
     held = stream.vocal.nbytes / 2**20
-    kept_mb = max(0.0, after_denoiser_mb - before_denoiser_mb)
     return {
         "seconds": seconds,
         "wall_s": round(time.perf_counter() - started, 2),
         "loaded_mb": round(loaded_mb, 1),
         "vocal_mb": round(held, 1),
         "peak_mb": {name: round(value, 1) for name, value in peaks.items()},
-        "denoiser_kept_mb": round(kept_mb, 1),
+        # what the denoiser's arena still holds when the decoder starts, logits and workspace being gone
+        "denoiser_kept_mb": round(resident["decode"] - resident["denoise"], 1),
         # the vocal given and the vocal read are the same samples twice, as neither may be changed
         "encode_less_audio_mb": round(peaks["encode"] - 2 * held, 1),
-        "decode_less_audio_and_denoiser_mb": round(peaks["decode"] - 2 * held - kept_mb, 1),
+        "decode_less_audio_mb": round(peaks["decode"] - 2 * held, 1),
         "whole_peak_mb": round(max(peaks.values()), 1),
     }
 
@@ -113,10 +110,7 @@ def main() -> None:
         ]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(json.dumps(rows[-1], indent=1))
-    ratios = {
-        key: round(rows[-1][key] / rows[0][key], 3)
-        for key in ("encode_less_audio_mb", "decode_less_audio_and_denoiser_mb")
-    }
+    ratios = {key: round(rows[-1][key] / rows[0][key], 3) for key in ("encode_less_audio_mb", "decode_less_audio_mb")}
     print(ratios)
     if args.json:
         import platform

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ __all__ = [
     "LazyTensor",
     "Storage",
     "TensorFile",
+    "brief",
     "check_storages",
     "is_count",
     "map_file",
@@ -203,7 +205,7 @@ class TensorFile:
         value = self.root
         for depth, key in enumerate(keys):
             if not isinstance(value, dict) or key not in value:
-                found = shorten(value) if isinstance(value, dict) else repr(value)[:80]
+                found = shorten(value) if isinstance(value, dict) else brief(value)
                 raise CheckpointError(
                     f"{self.source}: expected an entry {'/'.join(keys[: depth + 1])!a}, got {found}; "
                     "check that this is the released file"
@@ -220,7 +222,7 @@ class TensorFile:
         value = self.entry(*keys)
         if not isinstance(value, dict):
             raise CheckpointError(
-                f"{self.source}: expected a dictionary of tensors, got {repr(value)[:80]}; "
+                f"{self.source}: expected a dictionary of tensors, got {brief(value)}; "
                 "save the model's state_dict() instead of the model"
             )
         return {k: item for k, item in value.items() if isinstance(k, str) and isinstance(item, LazyTensor)}
@@ -333,8 +335,22 @@ def _leaves(root: Any) -> Iterable[LazyTensor]:
                 stack.extend(value)
 
 
-def shorten(items: Iterable[Any], limit: int = 8) -> str:
+def shorten(items: Collection[Any], limit: int = 8) -> str:
     """The first names of an untrusted collection, on one line and in ASCII."""
-    names = [repr(item)[:60] if isinstance(item, Foreign) else ascii(item)[:60] for item in items]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"
+    names = [brief(item, 60) for item in itertools.islice(items, limit)]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(names) + more if names else "nothing"
+
+
+def brief(value: Any, limit: int = 80) -> str:
+    """What an untrusted value is, on one line and in ASCII, at a cost that does not depend on it.
+
+    Never by `repr` of a collection: a hundred lists that each hold the next one twice print 2**100 names.
+    """
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes, bytearray)):
+        value = value[:limit]
+    return (repr(value) if isinstance(value, Foreign) else ascii(value))[:limit]

@@ -18,6 +18,7 @@ from lada_rt_export.tensor_file import (
     LazyTensor,
     Storage,
     TensorFile,
+    brief,
     is_count,
     shorten,
 )
@@ -105,7 +106,7 @@ def read_torch_legacy(file: TensorFile) -> None:
     if magic != _LEGACY_MAGIC or version != 1001 or not little:
         raise CheckpointError(
             f"{file.source}: expected version 1001 of the older torch format, little-endian, "
-            f"got {version!r:.40}; {_RESAVE}"
+            f"got {brief(version, 40)}; {_RESAVE}"
         )
     file.root = read_pickle(stream, file.source, _hooks(file, storages))
     keys = read_pickle(stream, file.source)
@@ -113,7 +114,7 @@ def read_torch_legacy(file: TensorFile) -> None:
     for key in keys if isinstance(keys, list) else []:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in file.places or at + 8 > len(file.buffer):
-            raise CheckpointError(f"{file.source}: expected the storages the file lists, got {key!r:.80}; {AGAIN}")
+            raise CheckpointError(f"{file.source}: expected the storages the file lists, got {brief(key)}; {AGAIN}")
         (n_items,) = struct.unpack_from("<q", file.buffer, at)
         if n_items != storage.n_items or at + 8 + storage.n_bytes > len(file.buffer):
             raise CheckpointError(

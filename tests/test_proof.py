@@ -11,12 +11,13 @@ import torch
 from lada_rt.engines.onnxruntime import OnnxEngine
 from lada_rt.errors import ExportError, ParamError
 from lada_rt_export import stage_graph, stages
-from lada_rt_export.proof import ModuleEngine, output_error, prove, reference
+from lada_rt_export.proof import ModuleEngine, module_results, output_error, prove, reference
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
 from lada_rt_export.stage_graph import GraphJob, build_graph
 from lada_rt_export.stages import stage_precisions, stage_spec
 from lada_rt_export.synthetic_release import write_synthetic_release
+from lada_rt_export.to_onnx import write_graph
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,36 @@ def test_encoder_proof_meets_many_codes(source: ReleaseSource) -> None:
     with torch.inference_mode():
         codes = spec.module(**case.inputs)
     assert len(codes.unique()) > 10
+
+
+def in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with every bfloat16 widened, which ONNX Runtime can run on the CPU."""
+    wide, narrow = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    widened = onnx.ModelProto()
+    widened.CopyFrom(model)
+    del widened.graph.value_info[:]
+    tensors = [*widened.graph.initializer, *(a.t for n in widened.graph.node for a in n.attribute if a.HasField("t"))]
+    for tensor in (t for t in tensors if t.data_type == narrow):
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for node in widened.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    return widened
+
+
+@pytest.mark.parametrize("stage", ["denoiser", "flow", "vocoder"])
+def test_a_bfloat16_graph_is_its_module(source: ReleaseSource, tmp_path: Path, stage: str) -> None:
+    """No CPU runs the graph, so its proof runs the module; widened, both have the same weights and must agree."""
+    spec = stage_spec(stage, source.module(stage), source.sizes, "bf16")
+    case = spec.cases()[0]
+    module = spec.module.to(torch.bfloat16)
+    graph, *_ = write_graph(spec, module, case.inputs, tmp_path / f"{stage}.onnx")
+    model = onnx.load(graph)
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in types
+    onnx.save(in_float32(model), tmp_path / "widened.onnx")
+    found = OnnxEngine(tmp_path / "widened.onnx").run(**{name: t.numpy() for name, t in case.inputs.items()})
+    for name, wanted in module_results(spec, module.float(), case).items():
+        assert output_error(found[name], wanted) < 1e-5

@@ -27,7 +27,7 @@ lint: $(VENV)/.test
 test-asan:
 	tests/csrc/run.sh build/asan
 
-# Every stage at the released sizes, random weights, against torch: minutes, 10 GB of memory, 30 GB of disk.
+# Every stage at the released sizes, random weights, against torch: an hour on two cores, 13 GB of memory, 30 GB of disk.
 test-slow: $(VENV)/.test
 	$(PY) -P bench/full_size.py
 

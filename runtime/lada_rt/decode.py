@@ -225,9 +225,9 @@ def render_window(
     n_frames = math.ceil(n_samples / per_frame)
     audio = np.empty((2, n_frames * per_frame), np.float32)
     for channel, half in enumerate(np.split(np.asarray(latents), 2)):
-        # One audio channel at a time: the mel decoder's largest maps would otherwise double. It is not blocked in time, as
-        # its GroupNorms and its attention span the window: blocks would change the result. At full size the whole process
-        # takes 4.6 GB for it beside the mapped weights (bench/results/2026-11-25-cpu-loaded-full-size.json).
+        # One audio channel at a time: the mel decoder's largest maps would otherwise double. It is not blocked in time,
+        # as its GroupNorms and its attention span the window: blocks would change the result. At full size the process
+        # takes 4.6 GB beside the mapped weights (bench/results/2026-11-25-cpu-loaded-full-size.json).
         mel = engines["mel_decoder"].run(latents=half[None])["mel"]  # [1, 256, 8 L]
         for start in range(0, n_frames, block_frames):
             stop = min(start + block_frames, n_frames)

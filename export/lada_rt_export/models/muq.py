@@ -159,7 +159,7 @@ class MelFrontEnd(Float32Buffers):
     def bases(self) -> tuple[Tensor, Tensor, Tensor]:
         """Factors of the real DFT of n_fft = R x C samples, sample C a + b, bin c + R d (Cooley and Tukey, 1965).
 
-        Summing over `a`, then over `b`, takes a fiftieth of the products of one matrix over all samples and bins.
+        Summing over `a`, then over `b`, takes a tenth of the products of one matrix over all samples and bins.
         All entries are looked up in one period of the cosine, with the angle reduced in integers, so that a graph
         carries 8 kB of table; engines fold the lookups when they load.
 

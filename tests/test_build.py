@@ -423,25 +423,6 @@ def test_max_seconds_limits_the_denoiser(built: Built) -> None:
     assert short.facts("flow") == built.source().facts("flow")
 
 
-def test_engines_for_a_gpu_are_bf16_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = {"denoiser", "flow"}
-
-    def chosen(**options: str) -> set[str]:
-        return {name for name, precision in BuildOptions(**options).precisions().items() if precision == "bf16"}
-
-    assert chosen() == chosen(backend="torch", device="cpu") == set()
-    monkeypatch.setattr("lada_rt.engines.cache._gpu_arch", lambda: "sm_90")
-    assert chosen(backend="torch") == chosen(backend="torch", device="cuda") == half
-    assert chosen() == chosen(backend="torch", device="cpu") == chosen(backend="torch", precision="fp32") == set()
-    assert chosen(backend="torch", precision="bf16,flow=fp32") == {"denoiser"}
-
-
-def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match="the package tensorrt is missing; install it with"):
-        BuildOptions(backend="tensorrt")
-
-
 def test_a_torch_engine_is_built_filed_and_used(built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = built.copy(tmp_path)
     bundle, log = build(out, built.source(), backend="torch", device="cpu", stages=("text_encoder",))

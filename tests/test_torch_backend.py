@@ -42,6 +42,7 @@ from lada_rt.torch_loop.denoise import DenoiseLoop
 from lada_rt.torch_loop.device import GraphPool, Replay
 from lada_rt.torch_loop.noise import flow_noise as device_noise
 from lada_rt.torch_loop.path import engines_on_device
+from lada_rt_export.build import BuildOptions
 from lada_rt_export.demo.bundle import FEATURE_SIZE, demo_modules
 from lada_rt_export.models.mask_predictor import MaskPredictor
 from lada_rt_export.models.stages_denoiser import DenoiserStage
@@ -315,3 +316,22 @@ def test_gpu_loops_never_wait_for_the_device(modules: dict[str, nn.Module]) -> N
 def test_gpu_noise_has_the_bits_of_the_cpp_noise() -> None:
     shape = (32, 512, 32)
     assert np.array_equal(device_noise(13, 3, shape, torch.device("cuda")).cpu().numpy(), flow_noise(13, 3, shape))
+
+
+def test_engines_for_a_gpu_are_bf16_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"denoiser", "flow"}
+
+    def chosen(**options: str) -> set[str]:
+        return {name for name, precision in BuildOptions(**options).precisions().items() if precision == "bf16"}
+
+    assert chosen() == chosen(backend="torch", device="cpu") == set()
+    monkeypatch.setattr("lada_rt.engines.cache._gpu_arch", lambda: "sm_90")
+    assert chosen(backend="torch") == chosen(backend="torch", device="cuda") == half
+    assert chosen() == chosen(backend="torch", device="cpu") == chosen(backend="torch", precision="fp32") == set()
+    assert chosen(backend="torch", precision="bf16,flow=fp32") == {"denoiser"}
+
+
+def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="the package tensorrt is missing; install it with"):
+        BuildOptions(backend="tensorrt")

@@ -37,6 +37,7 @@ from lada_rt.engines.torch import TorchEngine, load_package
 from lada_rt.errors import BundleError, EngineError
 from lada_rt.noise import flow_noise
 from lada_rt.params import GenerationParams
+from lada_rt.torch_loop import denoise as torch_denoise
 from lada_rt.torch_loop.buckets import row_bucket
 from lada_rt.torch_loop.denoise import DenoiseLoop
 from lada_rt.torch_loop.device import GraphPool, Replay
@@ -177,7 +178,7 @@ def test_replay_without_a_gpu_calls_the_function() -> None:
 
 def test_what_was_made_for_a_length_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once: a graph's memory is gigabytes, and a cycle of references waits for the collector."""
-    monkeypatch.setattr("lada_rt.torch_loop.denoise.MAX_LENGTHS", 2)
+    monkeypatch.setattr(torch_denoise, "MAX_LENGTHS", 2)
     loop = DenoiseLoop(exact_engine(), CPU)
     made: dict[int, Replay] = {}
     for n_frames in (20, 30, 20, 40):

@@ -280,6 +280,11 @@ def test_report(stubbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "RTF" in printed
     assert "mean nothing" in printed
+    assert "loop on the device" not in printed
+    joined = copy.deepcopy(report)
+    joined["rows"][0]["stages"] |= {"mel_decoder": 1.0, "vocoder": 0.0}
+    print_report(joined)
+    assert "the vocoder runs in the mel decoder's loop on the device" in capsys.readouterr().out
     draw(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

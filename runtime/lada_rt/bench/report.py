@@ -71,6 +71,8 @@ def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
         )
     console.print(table)
     line("stages in seconds; of floor: the least time at this machine's measured peaks over the time taken")
+    if any(row["stages"]["mel_decoder"] and not row["stages"]["vocoder"] for row in report["rows"]):
+        line("the vocoder runs in the mel decoder's loop on the device, without a wait between: its seconds are there")
     if any("quality" in row for row in report["rows"]):
         _print_quality(report, console)
     if "untrained" in report:

@@ -8,8 +8,6 @@ straight-through estimate (Oord et al., arXiv 1711.00937); rows that nothing use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -127,10 +125,7 @@ class CodecTask:
         self.sizes, self.songs, self.budget = sizes, songs, sizes.budgets["codec"]
         self.modules = Codec(sizes)
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        return {self.name: self.modules}
-
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
         codec = self.modules
         mel, chroma = self.songs.encoder_crops(rng, *self.budget.crop(step))
         if not codec.ready:
@@ -150,15 +145,12 @@ class CodecTask:
         loss = mel_loss + _FLUX * flux_loss + _CHROMA * chroma_loss + _COMMITMENT * commitment
         flat = codes.flatten()
         share_used = torch.bincount(flat, minlength=len(codec.counts)).float() / len(flat)
-        yield (
-            self.name,
-            {
-                "loss": loss,
-                "mel": mel_loss,
-                "flux": flux_loss,
-                "chroma": chroma_loss,
-                "commitment": commitment,
-                "entropy_bits": -(share_used * share_used.clamp(min=1e-9).log2()).sum(),
-            },
-        )
         codec.follow(z.detach().float().flatten(0, 1), flat, step)
+        return {
+            "loss": loss,
+            "mel": mel_loss,
+            "flux": flux_loss,
+            "chroma": chroma_loss,
+            "commitment": commitment,
+            "entropy_bits": -(share_used * share_used.clamp(min=1e-9).log2()).sum(),
+        }

@@ -9,7 +9,6 @@ guidance. Short crops take their rows of the full window's position table, the l
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -107,10 +106,7 @@ class FlowTask:
         self.vq = vq.to(songs.device)
         self.carried = carried_channels(sizes).to(songs.device)[:, None, None]
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        return {self.name: self.modules}
-
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
         net, budget = self.modules, self.budget
         if not net.norm.counts.item():
             measure_latents(net.norm, self.songs)
@@ -132,4 +128,4 @@ class FlowTask:
         velocity = cropped(net.flow, start, n_latents)(torch.cat([x, target * known, mu], dim=1), t)
         error = (velocity - (target - (1 - SIGMA_MIN) * noise)).square() * self.carried * (1 - known)
         per_element = (1 - known).sum() * self.carried.sum() * target.shape[3]
-        yield self.name, {"loss": error.sum() / per_element}
+        return {"loss": error.sum() / per_element}

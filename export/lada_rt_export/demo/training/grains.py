@@ -2,7 +2,7 @@
 
 A vocoder that sees magnitudes alone cannot hold a pitch. It is the same at every frame, so a steady log-mel makes a
 sound that repeats every frame, 10 ms: all partials land on multiples of 100 Hz. Large vocoders live off the
-irregularities of real recordings; at the size of a demo no chord survives. So the rows of the demo's mel carry phase:
+irregularities of real recordings; at the size of a demo hardly a chord survives. So the demo's rows carry phase:
 
     row[f] = strength[f] * texture[f % 16]
 
@@ -210,8 +210,8 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
     """A vocoder whose weights play rows as `play_rows` does, in float32, up to its tanh; nothing in it is trained.
 
     Between the first and the last layer a channel carries a sample of every group, 80 in a tick of 600 Hz, and each
-    further layer splits groups. Residual blocks add nothing. Further training has to tread lightly: at a learning rate
-    over 1e-5 the offsets no longer cancel.
+    further layer splits groups. Residual blocks add nothing. Further training would have to tread lightly: offsets of
+    hundreds of channels cancel only as long as their weights belong together.
 
     Raises:
         ParamError: the vocoder is too narrow, or does not have the released rates.
@@ -222,11 +222,13 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
     torch.manual_seed(0)
     vocoder = Vocoder(config)
     torch.random.set_rng_state(rng_state)
-    pre = vocoder.conv_pre
+    pre, post = vocoder.conv_pre, vocoder.conv_post
+    assert pre.bias is not None
+    assert post.bias is not None
     pre.weight[: N_USED + 1] = 0
     used = torch.arange(N_USED)
     pre.weight[used, used, 3] = 1.0
-    pre.bias[: N_USED + 1] = _ROW_OFFSET  # type: ignore[index]
+    pre.bias[: N_USED + 1] = _ROW_OFFSET
 
     group = 80
     bank = grains()[:N_USED].reshape(N_USED, 12, group).transpose(1, 2)  # row, sample of a tick, tick
@@ -240,13 +242,11 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
                 split[part * smaller + sample, sample, first + part] = 1.0
         _lay(vocoder.ups[index], split)
         group = smaller
-    for block in vocoder.resblocks:
-        for conv in block.convs2:  # type: ignore[union-attr]
-            conv.weight.zero_()
-            conv.bias.zero_()
-    post = vocoder.conv_post
+    for name, parameter in vocoder.resblocks.named_parameters():
+        if ".convs2." in name:
+            parameter.zero_()
     post.weight.zero_()
-    post.bias.zero_()  # type: ignore[union-attr]
+    post.bias.zero_()
     post.weight[0, 0, 3], post.weight[0, 1, 3] = 1.0, -1.0
     return vocoder
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,15 +43,8 @@ class Task(Protocol):
         """Everything that is saved, buffers included."""
         ...
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        """Group name -> module with its own optimizer."""
-        ...
-
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
-        """Yield (group, its losses) in turn; each group is updated before the next is asked for.
-
-        torch's global generator is seeded for the step.
-        """
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
+        """The losses of a step; torch's global generator is seeded for it."""
         ...
 
 
@@ -149,12 +142,10 @@ class _Run:
         self.task, self.options = task, options
         self.path = options.folder / f"{task.name}.pt"
         task.modules.to(options.device)
-        groups = task.optimised()
-        self.parameters = {g: [p for p in m.parameters() if p.requires_grad] for g, m in groups.items()}
-        self.optimizers = {
-            name: torch.optim.AdamW(parameters, lr=task.budget.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-            for name, parameters in self.parameters.items()
-        }
+        self.parameters = [p for p in task.modules.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=task.budget.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
         self.state = _State()
         self.average: dict[str, Tensor] = {}
         if self.path.is_file():
@@ -172,8 +163,7 @@ class _Run:
             )
         try:
             self.task.modules.load_state_dict(data["modules"])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(data["optimizers"][name])
+            self.optimizer.load_state_dict(data["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.path.name} does not fit the preset's sizes; train into another folder"
@@ -191,7 +181,7 @@ class _Run:
                 "seed": self.options.seed,
                 "modules": self.task.modules.state_dict(),
                 "average": self.average,
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "optimizer": self.optimizer.state_dict(),
                 "state": {name: getattr(state, name) for name in _State.__dataclass_fields__},
             },
         )
@@ -207,27 +197,20 @@ class _Run:
         task, state = self.task, self.state
         rng = step_generators(self.options.seed, task.name, state.step)
         on_gpu = self.options.device != "cpu"
-        groups = task.step(state.step, rng)
-        while True:
-            # bfloat16 for products on a GPU; a CPU gains nothing from it
-            with torch.autocast(self.options.device, torch.bfloat16, enabled=on_gpu):
-                item = next(groups, None)
-            if item is None:
-                break
-            group, losses = item
-            optimizer = self.optimizers[group]
-            optimizer.param_groups[0]["lr"] = _learning_rate(task.budget, state.step)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters[group], 1.0)
-            if not torch.isfinite(norm):
-                raise ExportError(
-                    f"stage {task.name} diverged at step {state.step}; lower its learning rate and train it anew"
-                )
-            optimizer.step()
-            for name, value in losses.items():
-                key = name if group == task.name else f"{group}.{name}"
-                state.pending[key] = state.pending.get(key, 0.0) + float(value.detach())
+        # bfloat16 for products on a GPU; a CPU gains nothing from it
+        with torch.autocast(self.options.device, torch.bfloat16, enabled=on_gpu):
+            losses = task.step(state.step, rng)
+        self.optimizer.param_groups[0]["lr"] = _learning_rate(task.budget, state.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise ExportError(
+                f"stage {task.name} diverged at step {state.step}; lower its learning rate and train it anew"
+            )
+        self.optimizer.step()
+        for name, value in losses.items():
+            state.pending[name] = state.pending.get(name, 0.0) + float(value.detach())
         if self.average:
             decay = min(task.budget.average, (1 + state.step) / (10 + state.step))
             with torch.no_grad():

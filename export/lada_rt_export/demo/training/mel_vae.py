@@ -9,8 +9,6 @@ costs the flow nothing, as its deviation is zero. The others are zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -97,10 +95,7 @@ class MelVAETask:
         self.songs, self.budget = songs, sizes.budgets["mel_vae"]
         self.modules = MelAutoencoder(sizes)
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        return {self.name: self.modules}
-
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
         batch, n_codes = self.budget.crop(step)
         strength, _ = self.songs.strength_crops(rng, batch, 4 * n_codes)
         rows = rows_of(strength)
@@ -112,7 +107,7 @@ class MelVAETask:
         absolute = error.abs().mean() / rows.abs().mean().clamp(min=1e-3)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = tones + noise + _ABSOLUTE * absolute + _KL * kl
-        yield self.name, {"loss": loss, "tones": tones, "noise": noise, "absolute": absolute, "kl": kl}
+        return {"loss": loss, "tones": tones, "noise": noise, "absolute": absolute, "kl": kl}
 
 
 def _relative(error: Tensor, truth: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ dropped independently. Crops are short at first and then whole songs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +111,9 @@ class PredictorTask:
         for embedding in (self.modules.voc_embed, self.modules.acc_embed):
             nn.init.normal_(embedding.weight, std=0.1)
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        return {self.name: self.modules}
-
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
         batch, n_frames = self.budget.crop(step)
         vocal, codes, prefix = self.songs.crops(rng, batch, n_frames)
         cross_entropy, detection, right = masked_loss(self.modules, vocal, codes, prefix, max(1, batch // 4))
         loss = cross_entropy + RTD_WEIGHT * detection
-        yield self.name, {"loss": loss, "masked": cross_entropy, "replaced": detection, "right": right}
+        return {"loss": loss, "masked": cross_entropy, "replaced": detection, "right": right}

@@ -8,8 +8,6 @@ songs only: other music has no place in the space they span.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -84,9 +82,6 @@ class StyleTask:
         self._by_style: dict[int, list[int]] = {}
         self._forms = [compose(i, duration_s=40.0).form for i in range(_N_FORMS)]
 
-    def optimised(self) -> Mapping[str, nn.Module]:
-        return {self.name: self.modules}
-
     def _text(self, rng: np.random.Generator, style: int) -> str:
         how = STYLES[self.styles[style]]
         kind = rng.random()
@@ -120,7 +115,7 @@ class StyleTask:
         device = self.songs.device
         return torch.from_numpy(np.stack(places)).to(device), torch.tensor(labels, device=device)
 
-    def step(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Losses]]:
+    def step(self, step: int, rng: np.random.Generator) -> Losses:
         batch, hundredths = self.budget.crop(step)
         net, device = self.modules, self.songs.device
         wanted = (np.arange(batch) + int(rng.integers(len(self.styles)))) % len(self.styles)
@@ -138,16 +133,13 @@ class StyleTask:
         silence = -F.log_softmax(net.read(empty).float(), dim=1).mean()
         # features of unit size on average, as the predictor's projection expects of both slots
         size = (features.square().mean() - 1).square() + (audio.square().mean() - 1).square()
-        yield (
-            self.name,
-            {
-                "loss": text_loss + audio_loss + 0.5 * pull + 0.2 * silence + 0.1 * size,
-                "text": text_loss,
-                "audio": audio_loss,
-                "pull": pull,
-                "size": size,
-            },
-        )
+        return {
+            "loss": text_loss + audio_loss + 0.5 * pull + 0.2 * silence + 0.1 * size,
+            "text": text_loss,
+            "audio": audio_loss,
+            "pull": pull,
+            "size": size,
+        }
 
 
 def _matched(logits: Tensor, match: Tensor) -> Tensor:

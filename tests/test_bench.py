@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from lada_rt import cli
 from lada_rt.bench import measure, quality
-from lada_rt.bench.check import Recorder, check_run, relative_error
+from lada_rt.bench.check import Recorder, check_run
 from lada_rt.bench.command import numbers
 from lada_rt.bench.compare import read_report
+from lada_rt.bench.difference import relative_error
 from lada_rt.bench.graph_sizes import bundle_sizes, read_shapes
 from lada_rt.bench.measure import BenchOptions, run_bench, stage_seconds, sung_vocal
 from lada_rt.bench.report import STAGES, draw, print_report
@@ -238,6 +239,8 @@ def test_relative_error() -> None:
     assert relative_error(np.array([1, 2]), np.array([1, 3])) == 0.5
     assert relative_error(np.array([1.0]), np.array([1.0, 2.0])) == np.inf
     assert relative_error(np.array([np.nan]), np.array([1.0])) == np.inf
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(np.array([1e-6]), np.zeros(1)) > 1  # nothing is near what should be silent
 
 
 # the whole, on stubs

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lada_rt.bench.check import Recorder, relative_error
+from lada_rt.bench.check import Recorder
+from lada_rt.bench.difference import relative_error
 from lada_rt.bundle import Bundle
 from lada_rt.condition import MAX_TOKENS, PAD_ID, assemble_prefix, load_tokenizer, position_ids, tokenize
 from lada_rt.decode import VOCODER_HALO_FRAMES

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lada_rt.bench.difference import relative_error
 from lada_rt.engines.base import Engine
 from lada_rt.errors import ExportError
 from torch import Tensor, nn
 
 from lada_rt_export.stages import ProofCase, StageSpec
 
-__all__ = ["ModuleEngine", "Reference", "Results", "module_results", "output_error", "prove", "reference"]
+__all__ = ["ModuleEngine", "Reference", "Results", "module_results", "prove", "reference"]
 
 Results = dict[str, np.ndarray]
 
@@ -99,7 +100,7 @@ def prove(
         engine_s = time.perf_counter() - start
         wanted_values, found_values = spec.compare(wanted), spec.compare(found)
         for name, value in wanted_values.items():
-            error = output_error(found_values[name], value)
+            error = relative_error(found_values[name], value)
             if not error <= allowed:
                 shapes = ", ".join(f"{k}{list(v.shape)}" for k, v in arrays.items())
                 raise ExportError(
@@ -124,17 +125,6 @@ def prove(
 
 def _rounded(error: float) -> float:
     return float(f"{error:.1e}")
-
-
-def output_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Error of one result: largest difference over largest expected value; for ids the share that differs."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    if expected.dtype.kind in "iu":
-        return float(np.mean(found != expected))
-    scale = float(np.abs(expected).max())
-    difference = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
-    return difference / scale if scale > 0 else difference
 
 
 class ModuleEngine:

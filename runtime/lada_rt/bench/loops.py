@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lada_rt.bench.check import TOLERANCES, Recorder, relative_error
+from lada_rt.bench.check import TOLERANCES, Recorder
+from lada_rt.bench.difference import relative_error
 from lada_rt.bundle import Bundle
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.denoise import denoise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def golden_dir(config: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def golden(pytestconfig: pytest.Config) -> Path:
     return golden_dir(pytestconfig)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """For networks too small to share: threads would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def golden_cases(config: pytest.Config, pattern: str) -> list[Path]:

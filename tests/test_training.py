@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,13 +35,7 @@ TRAINED = ("codec", "mel_vae", "style", "flow", "predictor")
 RATE_HZ = 48_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # the networks are too small to share
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +92,7 @@ def test_losses_go_down(stage: str, trained: Path, tmp_path: Path) -> None:
         for step in range(4):
             rng = loop.step_generators(SEED + 1, stage, step)
             with torch.no_grad():
-                total += float(next(task.step(n_steps - 1, rng))[1]["loss"])
+                total += float(task.step(n_steps - 1, rng)["loss"])
         return total / 4
 
     task = runner._task(sizes, options, stage)

@@ -5,13 +5,16 @@ Written against the type stub in export/typings and tried with a stand-in: it ha
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsInt
 
 from lada_rt.engines.tensorrt import make_logger, require_tensorrt
 from lada_rt.errors import ExportError
+
+from lada_rt_export.stored_halves import restore_floats
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -59,6 +62,11 @@ def build_plan(job: PlanJob, on_phase: OnPhase, log: Callable[[str], None]) -> N
         ExportError: TensorRT refuses the graph or fails to build it.
     """
     require_tensorrt()
+    with tempfile.TemporaryDirectory(dir=job.plan.parent) as folder:
+        _build(replace(job, graph=restore_floats(job.graph, Path(folder) / job.graph.name)), on_phase, log)
+
+
+def _build(job: PlanJob, on_phase: OnPhase, log: Callable[[str], None]) -> None:
     import tensorrt as trt
 
     logger = make_logger(log)

@@ -21,6 +21,7 @@ from lada_rt.errors import ExportError
 from torch import Tensor, nn
 
 from lada_rt_export.stages import StageSpec
+from lada_rt_export.stored_halves import store_halves
 
 __all__ = ["EXTERNAL_DATA_BYTES", "OPSET", "write_graph"]
 
@@ -85,6 +86,7 @@ def write_graph(
         ) from error
     assert program is not None
     model: Any = program.model
+    store_halves(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         data = _externalise(model, target, inline_bytes)

@@ -49,12 +49,30 @@ class CodecEngine:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(preset: str, folder: str) -> tuple[Codec, MelAutoencoder, StyleModules, Tokenizer]:
-    sizes = PRESETS[preset]
-    modules = (Codec(sizes), MelAutoencoder(sizes), StyleModules(sizes))
-    for name, module in zip(("codec", "mel_vae", "style"), modules, strict=True):
-        load_weights(Path(folder), name, module)
-    return (*modules, Tokenizer.from_str(byte_tokenizer().decode()))
+def _codec(preset: str, folder: str) -> Codec:
+    codec = Codec(PRESETS[preset])
+    load_weights(Path(folder), "codec", codec)
+    return codec
+
+
+@functools.lru_cache(maxsize=1)
+def _autoencoder(preset: str, folder: str) -> MelAutoencoder:
+    autoencoder = MelAutoencoder(PRESETS[preset])
+    load_weights(Path(folder), "mel_vae", autoencoder)
+    return autoencoder
+
+
+@functools.lru_cache(maxsize=1)
+def _style(preset: str, folder: str) -> tuple[StyleModules, Tokenizer]:
+    style = StyleModules(PRESETS[preset])
+    load_weights(Path(folder), "style", style)
+    return style, Tokenizer.from_str(byte_tokenizer().decode())
+
+
+def _forget() -> None:
+    """The same folder may hold other weights by now."""
+    for cached in (_codec, _autoencoder, _style):
+        cached.cache_clear()
 
 
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
@@ -67,7 +85,7 @@ def _replace(path: Path, write: Callable[[Any], None]) -> None:
 @torch.no_grad()
 def _encode_codec_song(job: tuple[str, str, int]) -> None:
     preset, folder, index = job
-    codec, autoencoder, _, _ = _loaded(preset, folder)
+    codec, autoencoder = _codec(preset, folder), _autoencoder(preset, folder)
     song = Path(folder) / "songs" / f"{index:05d}"
     strength = torch.from_numpy(np.load(song / "strength.npy").astype(np.float32)).transpose(1, 2)  # [2, 256, 8 L]
     latents = autoencoder.latents(strength)  # [2, 16, L, 32]: the left side's channels come first
@@ -81,7 +99,7 @@ def _encode_codec_song(job: tuple[str, str, int]) -> None:
 def _encode_predictor_song(job: tuple[str, str, int, int]) -> None:
     preset, folder, seed, index = job
     sizes = PRESETS[preset]
-    codec, _, style, tokenizer = _loaded(preset, folder)
+    codec, (style, tokenizer) = _codec(preset, folder), _style(preset, folder)
     number = song_seed(sizes, seed, "predictor", index)
     score = compose(number, duration_s=sizes.song_s)
     accompaniment = render_accompaniment(score)
@@ -107,7 +125,7 @@ def encode_codec_songs(
     sizes: TrainingSizes, folder: Path, n_workers: int, done: Callable[[], bool] = lambda: False
 ) -> bool:
     """Write codes and latents beside the codec songs that lack them. Returns whether all have them."""
-    _loaded.cache_clear()
+    _forget()
     jobs = [(sizes.name, str(folder), i) for i in range(sizes.n_codec_songs)]
     missing = [job for job in jobs if not (folder / "songs" / f"{job[2]:05d}" / "codes.npy").is_file()]
     return run_jobs(_encode_codec_song, missing, n_workers, done)
@@ -121,7 +139,7 @@ def encode_predictor_songs(
     Returns:
         Whether all are there.
     """
-    _loaded.cache_clear()
+    _forget()
     (folder / "predictor").mkdir(exist_ok=True)
     jobs = [(sizes.name, str(folder), seed, i) for i in range(sizes.n_predictor_songs)]
     missing = [job for job in jobs if not (folder / "predictor" / f"{job[3]:05d}.npz").is_file()]

@@ -105,7 +105,10 @@ def textures() -> Tensor:
 
 @functools.cache
 def grains() -> Tensor:
-    """[256, 960] float32: what a strength of one at frame f adds to samples 480 f - 240 to 480 f + 720."""
+    """[256, 960] float32: what a strength of one at frame f adds to samples 480 f - 240 to 480 f + 720.
+
+    Values are those of half precision, in which a bundle stores them.
+    """
     layout, n = _layout(), 2 * HOP
     from_centre = np.arange(n) - (n - 1) / 2
     window = 1 - np.abs(from_centre) / HOP
@@ -121,7 +124,7 @@ def grains() -> Tensor:
         sound = np.cos(2 * np.pi * (hz[:, None] * np.arange(n) / RATE_HZ + rng.random((len(hz), 1)))).sum(axis=0)
         # unit power after the window's and the texture's share
         out[N_TONE_ROWS + band] = sound * window * np.sqrt(3.0 / np.mean(sound**2))
-    return torch.from_numpy((out / _SCALE).astype(np.float32))
+    return torch.from_numpy((out / _SCALE).astype(np.float16).astype(np.float32))
 
 
 def _spectrum(audio: Tensor, size: int) -> Tensor:
@@ -200,7 +203,7 @@ def play_rows(rows: Tensor) -> Tensor:
     return F.conv_transpose1d(rows, grains().to(rows.device)[:, None], stride=HOP)[:, 0, HOP // 2 : -(HOP // 2)]
 
 
-#: signals pass leaky units unharmed on top of these constants, which one channel carries so that the next layer can
+#: signals pass leaky units unharmed on top of these constants, which two channels carry so that the next layer can
 #: take them off again, at the ends as well
 _ROW_OFFSET, _SAMPLE_OFFSET = 4.0, 2.0
 
@@ -210,25 +213,25 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
     """A vocoder whose weights play rows as `play_rows` does, in float32, up to its tanh; nothing in it is trained.
 
     Between the first and the last layer a channel carries a sample of every group, 80 in a tick of 600 Hz, and each
-    further layer splits groups. Residual blocks add nothing. Further training would have to tread lightly: offsets of
+    further layer splits groups. Residual blocks add nothing. Half precision holds every weight. Training would have to
+    tread lightly: offsets of
     hundreds of channels cancel only as long as their weights belong together.
 
     Raises:
         ParamError: the vocoder is too narrow, or does not have the released rates.
     """
-    if config.initial_channels <= N_USED or (config.rates, config.kernels) != ((6, 5, 4, 2, 2), (12, 10, 8, 4, 4)):
-        raise ParamError(f"expected over {N_USED} channels and the released rates, got {config}; correct the preset")
+    if config.initial_channels < N_USED + 2 or (config.rates, config.kernels) != ((6, 5, 4, 2, 2), (12, 10, 8, 4, 4)):
+        raise ParamError(f"expected at least {N_USED + 2} channels and the released rates, got {config}; correct the preset")
     rng_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
     vocoder = Vocoder(config)
     torch.random.set_rng_state(rng_state)
+    for parameter in vocoder.parameters():
+        parameter.zero_()
     pre, post = vocoder.conv_pre, vocoder.conv_post
     assert pre.bias is not None
-    assert post.bias is not None
-    pre.weight[: N_USED + 1] = 0
     used = torch.arange(N_USED)
     pre.weight[used, used, 3] = 1.0
-    pre.bias[: N_USED + 1] = _ROW_OFFSET
+    pre.bias[: N_USED + 2] = _ROW_OFFSET
 
     group = 80
     bank = grains()[:N_USED].reshape(N_USED, 12, group).transpose(1, 2)  # row, sample of a tick, tick
@@ -242,11 +245,6 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
                 split[part * smaller + sample, sample, first + part] = 1.0
         _lay(vocoder.ups[index], split)
         group = smaller
-    for name, parameter in vocoder.resblocks.named_parameters():
-        if ".convs2." in name:
-            parameter.zero_()
-    post.weight.zero_()
-    post.bias.zero_()
     post.weight[0, 0, 3], post.weight[0, 1, 3] = 1.0, -1.0
     return vocoder
 
@@ -256,7 +254,9 @@ def _lay(conv: torch.nn.Module, bank: Tensor) -> None:
     assert isinstance(conv, torch.nn.ConvTranspose1d)
     n_in, n_out, _ = bank.shape
     assert conv.bias is not None
-    conv.weight[:, : n_out + 1] = 0
     conv.weight[:n_in, :n_out] = bank
-    conv.weight[n_in, :n_out] = -bank.sum(dim=0)
-    conv.bias[: n_out + 1] = _SAMPLE_OFFSET
+    # two channels carry the offset: half precision holds what is taken off only as a sum of two
+    most = -bank.sum(dim=0)
+    conv.weight[n_in, :n_out] = most.half().float()
+    conv.weight[n_in + 1, :n_out] = (most - most.half().float()).half().float()
+    conv.bias[: n_out + 2] = _SAMPLE_OFFSET

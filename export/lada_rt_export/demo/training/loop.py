@@ -118,6 +118,8 @@ def _read(path: Path, device: str) -> dict[str, Any]:
 def load_weights(folder: Path, name: str, modules: nn.Module) -> None:
     """Load what a finished stage exports, its averaged weights where it keeps them, and freeze the modules.
 
+    Parameters are rounded to half precision, in which the bundle stores them: later stages learn from what is shipped.
+
     Raises:
         ExportError: the stage is not finished.
         CheckpointError: the file is damaged or of other sizes.
@@ -132,6 +134,9 @@ def load_weights(folder: Path, name: str, modules: nn.Module) -> None:
         modules.load_state_dict({**data["modules"], **data["average"]})
     except RuntimeError as error:
         raise CheckpointError(f"{path.name} does not fit the preset's sizes; train into another folder") from error
+    with torch.no_grad():
+        for parameter in modules.parameters():
+            parameter.copy_(parameter.half())
     modules.eval().requires_grad_(False)
 
 

@@ -54,7 +54,11 @@ def _claim(sizes: TrainingSizes, options: RunOptions) -> None:
         found = json.loads(path.read_text())
         if found != wanted:
             raise ParamError(f"{options.folder} holds a training of {found}, not of {wanted}; choose another --out")
-    path.write_text(json.dumps(wanted) + "\n")
+        return
+    # whole at once: two stages may start side by side
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(wanted) + "\n")
+    os.replace(beside, path)
 
 
 def _loaded(folder: Path, name: str, module: nn.Module, device: str) -> None:
@@ -102,14 +106,15 @@ def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: 
         return render_codec_songs(sizes, options.folder / "songs", options.seed, n_workers, late)
     if not render_codec_songs(sizes, options.folder / "songs", options.seed, n_workers, lambda: True):
         raise ExportError(f"stage {stage} needs the songs, some are missing; run --stage songs first")
-    if stage == "codes":
-        return encode_codec_songs(sizes, options.folder, n_workers, late) and encode_predictor_songs(
-            sizes, options.folder, options.seed, n_workers, late
-        )
-    if stage in ("flow", "predictor"):
-        found = encode_codec_songs(sizes, options.folder, n_workers, lambda: True)
-        if not found or not encode_predictor_songs(sizes, options.folder, options.seed, n_workers, lambda: True):
-            raise ExportError(f"stage {stage} needs the codes, some are missing; run --stage codes first")
+    encoded: dict[str, Callable[[Callable[[], bool]], bool]] = {
+        "latents": lambda done: encode_codec_songs(sizes, options.folder, n_workers, done),
+        "codes": lambda done: encode_predictor_songs(sizes, options.folder, options.seed, n_workers, done),
+    }
+    if stage in encoded:
+        return encoded[stage](late)
+    needed = {"flow": "latents", "predictor": "codes"}.get(stage)
+    if needed is not None and not encoded[needed](lambda: True):
+        raise ExportError(f"stage {stage} needs the {needed}, some are missing; run --stage {needed} first")
     return train(_task(sizes, options, stage), options)
 
 

@@ -25,7 +25,7 @@ from lada_rt_export.models.vq import VQConfig
 __all__ = ["PRESETS", "STAGE_ORDER", "Budget", "TrainingSizes"]
 
 #: the order of work; a stage needs the results of those before it
-STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "codes", "flow", "predictor")
+STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "latents", "codes", "flow", "predictor")
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(PY) $(BUILD_INPUTS)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[cpu,plot]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[cpu,bench]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)

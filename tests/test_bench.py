@@ -383,9 +383,9 @@ def test_sung_vocal_has_the_length_asked_for_and_repeats(seconds: float) -> None
 
 
 def test_sizes_come_from_the_graphs() -> None:
-    demo = pytest.importorskip("lada_rt_export.demo.bundle")
+    demo = pytest.importorskip("lada_rt_export.demo.training.sizes").PRESETS["demo"]
     sizes = bundle_sizes(Bundle.open(demo_bundle_path()))
-    denoiser, flow, vocoder = demo.MASK_PREDICTOR, demo.FLOW, demo.VOCODER
+    denoiser, flow, vocoder = demo.predictor, demo.flow, demo.vocoder
     assert sizes.denoiser is not None
     assert (sizes.denoiser.hidden, sizes.denoiser.n_layers) == (denoiser.hidden_size, denoiser.n_layers)
     assert sizes.denoiser.intermediate == denoiser.intermediate_size
@@ -398,11 +398,11 @@ def test_sizes_come_from_the_graphs() -> None:
     assert (sizes.vocoder.rates, sizes.vocoder.kernels) == (vocoder.rates, vocoder.kernels)
     assert (sizes.vocoder.initial, sizes.vocoder.block_kernels) == (vocoder.initial_channels, vocoder.resblock_kernels)
     assert sizes.mel_decoder is not None
-    assert sizes.mel_decoder.widths == tuple(demo.MEL_VAE.channels * m for m in demo.MEL_VAE.multiples)
-    assert sizes.mel_decoder.n_res_blocks == demo.MEL_VAE.n_res_blocks
+    assert sizes.mel_decoder.widths == tuple(demo.mel_vae.channels * m for m in demo.mel_vae.multiples)
+    assert sizes.mel_decoder.n_res_blocks == demo.mel_vae.n_res_blocks
     assert sizes.encoder is not None
-    assert (sizes.encoder.conv_dim, sizes.encoder.dim) == (demo.MUQ.conv_dim, demo.MUQ.dim)
-    assert (sizes.encoder.n_layers, sizes.encoder.ffn) == (demo.MUQ.n_layers, demo.MUQ.ffn_dim)
+    assert (sizes.encoder.conv_dim, sizes.encoder.dim) == (demo.muq.conv_dim, demo.muq.dim)
+    assert (sizes.encoder.n_layers, sizes.encoder.ffn) == (demo.muq.n_layers, demo.muq.ffn_dim)
 
 
 def test_unknown_graphs_have_no_sizes(tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def test_a_graph_that_is_no_graph(folder: Path) -> None:
         Pipeline.load(folder)
 
 
-def test_the_embedded_bundle_is_whole_and_says_that_it_is_untrained() -> None:
+def test_the_embedded_bundle_is_whole_and_says_what_it_is() -> None:
     bundle = Bundle.open(demo_bundle_path())
     bundle.verify()
-    assert not bundle.trained
-    assert "UNTRAINED" in bundle.note
+    assert bundle.trained
+    assert "procedural generator" in bundle.note
     assert sum(f.bytes for f in bundle.all_files()) < 12e6

@@ -53,8 +53,8 @@ def test_generate_writes_audio_and_report(tmp_path: Path, vocal: Path, capfd: py
     assert "RTF" in printed
     assert "TTFA" in printed
     assert printed.strip().endswith(str(out))
-    assert "untrained" in printed
-    assert "UNTRAINED" in messages
+    assert "bundle lada-rt-demo" in printed
+    assert "no --bundle: using the embedded lada-rt-demo" in messages
     report = json.loads(report_file.read_text())
     assert report["duration_s"] == len(samples) / 48_000
     assert report["peak"] == pytest.approx(np.abs(samples).max(), abs=1e-4)
@@ -65,7 +65,7 @@ def test_generate_writes_audio_and_report(tmp_path: Path, vocal: Path, capfd: py
     assert len(report["codes"]) == int(48_000 / 48_000 * 25) + 1
     assert report["seed"] == 13
     assert report["params"]["steps"] == 2
-    assert report["bundle"]["trained"] is False
+    assert report["bundle"]["trained"] is True
     assert len(report["bundle"]["sha256"]) == 64
     assert {"encode_s", "condition_s", "denoise_s", "decode_s", "total_s", "first_audio_s", "rtf"} <= set(
         report["timings"]
@@ -113,7 +113,7 @@ def test_header_comes_first_and_a_closed_pipe_ends_the_run(vocal: Path, options:
     messages = process.stderr.read()
     assert process.wait(timeout=60) == 0
     assert time.monotonic() - started < 20
-    assert b"UNTRAINED" in messages
+    assert b"no --bundle" in messages
     assert messages.count(b"\n") == 1
 
 
@@ -382,7 +382,7 @@ def test_bad_bundles(tmp_path: Path, vocal: Path, capfd: pytest.CaptureFixture[s
 
 def refused(result: tuple[int, str, str], code: int, out: Path) -> None:
     found, printed, messages = result
-    lines = [line for line in messages.splitlines() if "UNTRAINED" not in line]
+    lines = [line for line in messages.splitlines() if "no --bundle" not in line]
     assert found == code, messages
     assert printed == ""
     assert len(lines) == 1, messages
@@ -395,7 +395,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
     command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--steps", "9999"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    assert b"UNTRAINED" in process.stderr.readline()  # loaded; the run has begun
+    assert b"no --bundle" in process.stderr.readline()  # loaded; the run has begun
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
@@ -409,7 +409,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
 def test_inspect_and_doctor(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(capfd, "inspect", "--json", tmp_path / "i.json")
     assert code == 0
-    for word in ("encoder", "denoiser", "flow", "mel_decoder", "vocoder", "UNTRAINED", "verified"):
+    for word in ("encoder", "denoiser", "flow", "mel_decoder", "vocoder", "trained", "verified"):
         assert word in printed
     assert json.loads((tmp_path / "i.json").read_text())["verified"] is True
     code, printed, _ = run(capfd, "doctor", "--json", tmp_path / "d.json")

@@ -9,9 +9,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-
 from lada_rt_export.stored_halves import restore_floats, store_halves
+from onnx import TensorProto, helper, numpy_helper
 
 RNG = np.random.default_rng(5)
 ROUNDED = RNG.standard_normal((64, 64)).astype(np.float16).astype(np.float32)

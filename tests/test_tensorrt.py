@@ -26,7 +26,7 @@ from lada_rt.engines.cache import EngineEntry, EngineKey, Machine, find_engine, 
 from lada_rt.engines.tensorrt import TensorRTEngine
 from lada_rt.errors import EngineError, ExportError
 from lada_rt.torch_loop.device import capture
-from lada_rt_export.demo.bundle import DemoSource
+from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
 from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
 from lada_rt_export.stages import StageSpec, stage_spec
 from stubs import sung
@@ -37,8 +37,8 @@ VERSION = "11.4.0.106"
 
 
 @pytest.fixture(scope="module")
-def source() -> DemoSource:
-    return DemoSource()
+def source() -> TrainedSource:
+    return TrainedSource(DEMO_WEIGHTS)
 
 
 @pytest.fixture
@@ -68,11 +68,11 @@ def called(calls: Path) -> list[list[str]]:
     return [json.loads(line) for line in calls.read_text().splitlines()]
 
 
-def demo_spec(source: DemoSource, stage: str) -> StageSpec:
+def demo_spec(source: TrainedSource, stage: str) -> StageSpec:
     return stage_spec(stage, source.module(stage), source.sizes)
 
 
-def job(bundle: Bundle, source: DemoSource, stage: str, log: list[str], **changes: frozenset[str]) -> EngineJob:
+def job(bundle: Bundle, source: TrainedSource, stage: str, log: list[str], **changes: frozenset[str]) -> EngineJob:
     made = EngineJob(bundle, stage, partial(demo_spec, source, stage), "tensorrt", "cuda", frozenset(), log.append)
     return replace(made, **changes)
 
@@ -80,7 +80,7 @@ def job(bundle: Bundle, source: DemoSource, stage: str, log: list[str], **change
 # -- building
 
 
-def test_a_plan_is_built_proven_and_run(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+def test_a_plan_is_built_proven_and_run(bundle: Bundle, source: TrainedSource, standin: Path) -> None:
     log: list[str] = []
     entry = build_engine(job(bundle, source, "denoiser", log))
     made = [name for name, *_ in called(standin)]
@@ -113,7 +113,7 @@ def test_a_plan_is_built_proven_and_run(bundle: Bundle, source: DemoSource, stan
     np.testing.assert_allclose(engines["denoiser"].run(**inputs)["logits"], expected, atol=1e-5)
 
 
-def test_each_concurrent_run_has_a_context(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+def test_each_concurrent_run_has_a_context(bundle: Bundle, source: TrainedSource, standin: Path) -> None:
     build_engine(job(bundle, source, "text_encoder", []))
     engine = load_engines(bundle, backend="tensorrt")[0]["text_encoder"]
     standin.write_text("")
@@ -127,7 +127,7 @@ def test_each_concurrent_run_has_a_context(bundle: Bundle, source: DemoSource, s
     assert 1 <= made.count("create_execution_context") <= 5
 
 
-def test_a_graph_keeps_the_context_it_was_captured_in(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+def test_a_graph_keeps_the_context_it_was_captured_in(bundle: Bundle, source: TrainedSource, standin: Path) -> None:
     """Runs of other shapes must not touch it, and it goes with the graph."""
     build_engine(job(bundle, source, "text_encoder", []))
     engine = load_engines(bundle, backend="tensorrt")[0]["text_encoder"]
@@ -179,7 +179,7 @@ def test_the_main_path_runs_on_plans(bundle: Bundle, standin: Path) -> None:
     assert ["execute"] in called(standin)
 
 
-def test_wrong_inputs_are_named(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+def test_wrong_inputs_are_named(bundle: Bundle, source: TrainedSource, standin: Path) -> None:
     build_engine(job(bundle, source, "text_encoder", []))
     engine = load_engines(bundle, backend="tensorrt")[0]["text_encoder"]
     ids = np.zeros((1, 200), np.int64)
@@ -191,7 +191,7 @@ def test_wrong_inputs_are_named(bundle: Bundle, source: DemoSource, standin: Pat
         engine.run(ids=ids)
 
 
-def test_compatible_engines_ask_for_it_and_say_so(bundle: Bundle, source: DemoSource, standin: Path) -> None:
+def test_compatible_engines_ask_for_it_and_say_so(bundle: Bundle, source: TrainedSource, standin: Path) -> None:
     both = frozenset({"later-versions", "ampere-plus"})
     entry = build_engine(job(bundle, source, "text_encoder", [], compatibility=both))
     assert ["set_flag", "VERSION_COMPATIBLE"] in called(standin)
@@ -203,7 +203,7 @@ def test_compatible_engines_ask_for_it_and_say_so(bundle: Bundle, source: DemoSo
 
 
 def test_timings_are_kept_and_those_of_another_release_dropped(
-    bundle: Bundle, source: DemoSource, standin: Path
+    bundle: Bundle, source: TrainedSource, standin: Path
 ) -> None:
     build_engine(job(bundle, source, "text_encoder", []))
     timings = bundle.path / "engines" / f"timings-{VERSION}-sm_90.cache"
@@ -231,7 +231,7 @@ def test_timings_are_kept_and_those_of_another_release_dropped(
     ],
 )
 def test_a_failed_build_leaves_no_engine(
-    bundle: Bundle, source: DemoSource, standin: Path, monkeypatch: pytest.MonkeyPatch, mode: str,
+    bundle: Bundle, source: TrainedSource, standin: Path, monkeypatch: pytest.MonkeyPatch, mode: str,
     kind: type[Exception], says: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("STANDIN_MODE", mode)

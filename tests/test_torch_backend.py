@@ -43,7 +43,7 @@ from lada_rt.torch_loop.device import GraphPool, Replay
 from lada_rt.torch_loop.noise import flow_noise as device_noise
 from lada_rt.torch_loop.path import engines_on_device
 from lada_rt_export.build import BuildOptions
-from lada_rt_export.demo.bundle import FEATURE_SIZE, demo_modules
+from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
 from lada_rt_export.models.mask_predictor import MaskPredictor
 from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.stages import StageSizes, stage_spec
@@ -192,20 +192,21 @@ def test_compiled_blocks_are_marked_but_for_the_last_layer(modules: dict[str, nn
 
 
 def test_torch_engines_equal_onnx_runtime_on_the_demo_networks() -> None:
-    modules = demo_modules(261)
+    source = TrainedSource(DEMO_WEIGHTS)
+    sizes = source.sizes
     graphs = demo_bundle_path() / "graphs"
     rng = torch.Generator().manual_seed(6)
     cases: dict[str, dict[str, Tensor]] = {
         "denoiser": {
-            "vocal_codes": torch.randint(0, 16384, (1, 50), generator=rng),
-            "codes": torch.full((1, 50), 16384),
-            "prefix": torch.randn(1, 2, FEATURE_SIZE, generator=rng),
+            "vocal_codes": torch.randint(0, sizes.vocab_size, (1, 50), generator=rng),
+            "codes": torch.full((1, 50), sizes.mask_id),
+            "prefix": torch.randn(1, 2, sizes.feature_size, generator=rng),
             "rows": torch.arange(3, 50, 2),
         },
-        "vocoder": {"mel": torch.randn(1, 256, 40, generator=rng) - 5},
+        "vocoder": {"mel": 0.1 * torch.randn(1, 256, 40, generator=rng)},
     }
     for name, inputs in cases.items():
-        (part,) = stage_parts(name, modules[name], OUTPUTS[name], precision="fp32", device=CPU)
+        (part,) = stage_parts(name, source.module(name), OUTPUTS[name], precision="fp32", device=CPU)
         arrays = {key: tensor.numpy() for key, tensor in inputs.items()}
         found = part_engine(part, CPU).run(**arrays)[OUTPUTS[name][0]]
         expected = OnnxEngine(graphs / f"{name}.onnx").run(**arrays)[OUTPUTS[name][0]]

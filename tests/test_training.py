@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +19,18 @@ from lada_rt_export.build import build_bundle
 from lada_rt_export.demo import evaluate
 from lada_rt_export.demo.songs.form import Chord, Section
 from lada_rt_export.demo.songs.song import Song
+from lada_rt_export.demo.source import TrainedSource, collect_weights
 from lada_rt_export.demo.training import features, flow, loop, runner
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.codes import CodecEngine
 from lada_rt_export.demo.training.data import song_seed
 from lada_rt_export.demo.training.predictor import masked_loss
 from lada_rt_export.demo.training.sizes import PRESETS, Budget
-from lada_rt_export.demo.training.source import TrainedSource, collect_weights
+from lada_rt_export.demo.training.style import StyleModules
 from lada_rt_export.models.flow import Flow, FlowConfig
 from lada_rt_export.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from lada_rt_export.models.muq import MuQ
+from safetensors.torch import load_file
 
 TOY = PRESETS["toy"]
 SEED = 5
@@ -127,6 +130,29 @@ def test_the_encoder_stage_gives_the_codes_that_were_trained_on(trained: Path, w
     assert np.mean(codes == stage_codes) >= 0.99
 
 
+def test_later_stages_learn_from_the_weights_that_are_shipped(trained: Path, weights: Path) -> None:
+    """Parameters in half precision from the moment a stage is loaded; statistics as they are."""
+    style = StyleModules(TOY)
+    loop.load_weights(trained, "style", style)
+    shipped = load_file(weights)
+    assert {shipped[f"clamp3_text.{name}"].dtype for name, _ in style.text.named_parameters()} == {torch.float16}
+    for name, parameter in style.text.named_parameters():
+        assert torch.equal(shipped[f"clamp3_text.{name}"].float(), parameter), name
+    assert shipped["normfeat.sum_x2"].dtype == torch.float32
+    raw = torch.load(trained / "style.pt", weights_only=True)["modules"]["read.weight"]
+    assert not torch.equal(raw, style.read.weight)
+    torch.testing.assert_close(raw, style.read.weight, rtol=2**-11, atol=2**-25)
+
+
+def test_two_stages_may_claim_a_new_folder_at_once(tmp_path: Path) -> None:
+    options = loop.RunOptions(tmp_path / "new", SEED)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: runner.claim(TOY, options), range(64)))
+    assert [path.name for path in options.folder.iterdir()] == ["run.json"]
+    with pytest.raises(ParamError, match="choose another --out"):
+        runner.claim(TOY, loop.RunOptions(tmp_path / "new", SEED + 1))
+
+
 def test_encoder_mel_is_the_front_ends() -> None:
     muq = MuQ(TOY.muq)
     rng = np.random.default_rng(0)
@@ -197,6 +223,11 @@ def test_crops_grow_and_wrong_folders_are_refused(trained: Path, tmp_path: Path)
         runner.run_stage(TOY, loop.RunOptions(trained, SEED + 1), "codec")
     with pytest.raises(ExportError, match="run --stage songs first"):
         runner.run_stage(TOY, loop.RunOptions(tmp_path / "empty", SEED), "codec")
+    for stage, needed in (("flow", "latents"), ("predictor", "codes")):
+        folder = tmp_path / needed
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("latents.npy", "codes.npy", "predictor"))
+        with pytest.raises(ExportError, match=f"run --stage {needed} first"):
+            runner.run_stage(TOY, loop.RunOptions(folder, SEED), stage)
     folder = _copy(trained, tmp_path / "short", "codec")
     assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=1), "codec")
     with pytest.raises(ExportError, match="resume it first"):

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from lada_rt_export.bundle_source import BundleSource
 from lada_rt_export.checkpoints import open_tensors
-from lada_rt_export.demo.bundle import DemoSource
+from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
 from lada_rt_export.models.muq import KEY_PREFIX as MUQ_PREFIX
 from lada_rt_export.models.muq import MuQ, resample_to_24k
 from lada_rt_export.models.stages_condition import TextEncoderStage
@@ -120,11 +120,11 @@ class Baseline:
 
     @classmethod
     def for_bundle(cls, bundle: Bundle, checkpoint: Path | None, pretrained_root: Path | None) -> Baseline:
-        """The opponent of a bundle: of the untrained demo as it is, of others with the files they were built from.
+        """The opponent of a bundle: of the demo as it is, of others with the files they were built from.
 
         Args:
             bundle: what the runtime runs.
-            checkpoint: of a release, or the one file of weights that a trained demo was built from.
+            checkpoint: of a release, or the one file of weights of a trained demo.
             pretrained_root: of a release.
 
         Raises:
@@ -134,10 +134,8 @@ class Baseline:
         if checkpoint is not None and pretrained_root is not None:
             return cls(ReleaseSource(Release.locate(checkpoint, pretrained_root)), bundle)
         if checkpoint is not None:
-            from lada_rt_export.demo.training.source import TrainedSource
-
             return cls(TrainedSource(checkpoint), bundle)
-        demo = DemoSource()
+        demo = TrainedSource(DEMO_WEIGHTS)
         if bundle.name == demo.header({}).name:
             return cls(demo, bundle)
         raise ParamError(

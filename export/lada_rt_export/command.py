@@ -9,7 +9,7 @@ from lada_rt.bundle import STAGES, Bundle
 
 from lada_rt_export.build import BuildOptions, build_bundle
 from lada_rt_export.bundle_source import BundleSource
-from lada_rt_export.demo.bundle import DemoSource
+from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
 from lada_rt_export.release import Release
 from lada_rt_export.release_modules import ReleaseSource
 
@@ -60,7 +60,7 @@ def build(
     )
     source: BundleSource
     if checkpoint is None or pretrained_root is None:
-        source = DemoSource()
+        source = TrainedSource(DEMO_WEIGHTS)
     else:
         source = ReleaseSource(Release.locate(checkpoint, pretrained_root, tokenizer), max_seconds)
     return build_bundle(out, source, options, log)

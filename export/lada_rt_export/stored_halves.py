@@ -1,8 +1,8 @@
 """Weights that half precision holds exactly are stored in it: a network trained for that takes half the disk.
 
-Nothing is rounded here. The graph computes in float32 as before, a Cast after each such weight restores it; ONNX Runtime
-folds the casts when it loads a graph. TensorRT is handed the weights themselves, since it builds slower kernels for a
-convolution whose weights a node computes.
+Nothing is rounded here. The graph computes in float32 as before, a Cast after each such weight restores it; ONNX
+Runtime folds the casts when it loads a graph. TensorRT is handed the weights themselves: its parser takes a convolution
+for one of varying weights when a node computes them.
 """
 
 from __future__ import annotations

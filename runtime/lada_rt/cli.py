@@ -53,7 +53,7 @@ bundle_option = click.option(
     "--bundle",
     type=PathArg,
     metavar="B",
-    help="Bundle folder. Default: the embedded demo bundle, which is untrained.",
+    help="Bundle folder. Default: the embedded demo bundle, a small model of synthetic songs.",
 )
 
 
@@ -142,7 +142,9 @@ def generate(
         each.check(vocal)
 
     pipeline = Pipeline.load(bundle, backend=backend, device=device)
-    if not pipeline.bundle.trained:
+    if bundle is None:
+        note(f"no --bundle: using the embedded {pipeline.bundle.name}, a small model trained on synthetic songs alone")
+    elif not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
     song = Song(vocal, text, reference, start, end, long)
     command = GenerateCommand(pipeline, song, params, mix=mix, bars=not quiet and sys.stderr.isatty())
@@ -244,7 +246,7 @@ def redo_saved(
     help="What the build may take; proofs that need more are left out and named in the manifest.",
 )
 @click.option("--stages", metavar="A,B", help="Build these only; the others are kept if they are up to date.")
-@click.option("--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, untrained.")
+@click.option("--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, trained on synthetic songs.")
 @debug_option
 def build_engine(
     checkpoint: Path | None,

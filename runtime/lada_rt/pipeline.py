@@ -79,7 +79,7 @@ class Pipeline:
         """Open a bundle and load an engine for each stage.
 
         Args:
-            bundle: its folder; None is the embedded demo bundle, which is untrained.
+            bundle: its folder; None is the embedded demo bundle.
             backend: `onnxruntime`, `tensorrt`, `torch`, or `auto` for the best that fits.
             device: `cpu`, `cuda`, or `auto`.
             n_threads: CPU threads of one engine call; None is all CPUs this process may use.

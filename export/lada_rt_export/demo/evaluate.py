@@ -37,7 +37,7 @@ from lada_rt.errors import LadaError
 from lada_rt_export.demo.songs.song import Song, make_song
 from lada_rt_export.demo.songs.styles import STYLES
 
-__all__ = ["CHANCE", "Evaluator", "chord_match", "evaluate", "fullness"]
+__all__ = ["CHANCE", "Evaluator", "chord_match", "evaluate", "fullness", "level_db"]
 
 RATE_HZ = 48_000
 CHANCE = 1 / 24
@@ -81,7 +81,8 @@ def chord_match(audio: Floats, song: Song) -> float | None:
     return float(np.mean(hits)) if hits else None
 
 
-def _level_db(audio: Floats) -> float:
+def level_db(audio: Floats) -> float:
+    """Mean square of a sound of any shape in dB of full scale, -120 for silence."""
     return 10 * math.log10(max(float(np.mean(np.square(audio, dtype=np.float64))), 1e-12))
 
 
@@ -100,7 +101,7 @@ def fullness(audio: Floats, truth: Floats, song: Song) -> dict[str, float]:
         if not pairs:
             continue
         ours, theirs = (np.concatenate([p[i] for p in pairs], axis=1) for i in (0, 1))
-        found[f"{name}_level_db"] = _level_db(ours) - _level_db(theirs)
+        found[f"{name}_level_db"] = level_db(ours) - level_db(theirs)
         found[f"{name}_onset_ratio"] = len(onsets(ours, RATE_HZ)) / max(1, len(onsets(theirs, RATE_HZ)))
     return found
 
@@ -295,7 +296,7 @@ def hear_recording(evaluator: Evaluator, path: Path, settings: Settings) -> dict
         audio, _ = evaluator.generate(song, song.texts[0], settings.steps, settings.flow_steps)
         others.append(chroma_similarity(audio, result.vocal, RATE_HZ))
     return {
-        "level_db": round(_level_db(result.audio), 2),
+        "level_db": round(level_db(result.audio), 2),
         "peak": round(float(np.abs(result.audio).max()), 4),
         "chroma_similarity": chroma_similarity(result.audio, result.vocal, RATE_HZ),
         "chroma_similarity_shuffled": others,

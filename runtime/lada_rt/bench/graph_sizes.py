@@ -31,6 +31,8 @@ _GRAPH = 7
 _NODE, _INITIALIZER = 1, 5
 _OP_TYPE, _NODE_INPUT = 4, 1
 _DIMS, _TENSOR_NAME = 1, 8
+#: ends the name of a weight that the exporter stores in half precision and a Cast restores
+_HALF = ".half"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def read_shapes(graph: Path) -> GraphShapes:
             for part, first, last in _fields(data, start, stop):
                 if part == _INITIALIZER:
                     name, dims = _tensor(data, first, last)
-                    weights[name] = dims
+                    weights[name.removesuffix(_HALF)] = dims
                 elif part == _NODE:
                     nodes.append(_node(data, first, last))
     return GraphShapes(weights, tuple(nodes))

@@ -20,8 +20,8 @@ from lada_rt.condition import round_bf16
 from lada_rt.encode import encode
 from tokenizers import Tokenizer
 
-from lada_rt_export.demo.bundle import byte_tokenizer
 from lada_rt_export.demo.songs.song import compose, render_accompaniment
+from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.data import run_jobs, song_seed, vocal_takes
 from lada_rt_export.demo.training.features import encoder_mel

@@ -221,7 +221,9 @@ def grain_vocoder(config: VocoderConfig) -> Vocoder:
         ParamError: the vocoder is too narrow, or does not have the released rates.
     """
     if config.initial_channels < N_USED + 2 or (config.rates, config.kernels) != ((6, 5, 4, 2, 2), (12, 10, 8, 4, 4)):
-        raise ParamError(f"expected at least {N_USED + 2} channels and the released rates, got {config}; correct the preset")
+        raise ParamError(
+            f"expected at least {N_USED + 2} channels and the released rates, got {config}; correct the preset"
+        )
     rng_state = torch.random.get_rng_state()
     vocoder = Vocoder(config)
     torch.random.set_rng_state(rng_state)

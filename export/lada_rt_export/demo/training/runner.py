@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from lada_rt.errors import EngineError, ExportError, LadaError, ParamError
 from torch import nn
 
 from lada_rt_export.build import build_bundle
+from lada_rt_export.demo.source import TrainedSource, collect_weights
 from lada_rt_export.demo.training.codec import Codec, CodecTask
 from lada_rt_export.demo.training.codes import encode_codec_songs, encode_predictor_songs
 from lada_rt_export.demo.training.data import CodecSongs, render_codec_songs
@@ -35,18 +37,21 @@ from lada_rt_export.demo.training.loop import RunOptions, Task, load_weights, tr
 from lada_rt_export.demo.training.mel_vae import MelVAETask
 from lada_rt_export.demo.training.predictor import PredictorSongs, PredictorTask
 from lada_rt_export.demo.training.sizes import PRESETS, STAGE_ORDER, TrainingSizes
-from lada_rt_export.demo.training.source import TrainedSource, collect_weights
 from lada_rt_export.demo.training.style import StyleTask
 
-__all__ = ["main", "run_stage", "train_all"]
+__all__ = ["claim", "main", "run_stage", "train_all"]
 
 RUN_FILE = "run.json"
 #: exit code of a run that stopped for time: sysexits.h calls it a temporary failure, to be tried again
 MORE_TO_DO = 75
 
 
-def _claim(sizes: TrainingSizes, options: RunOptions) -> None:
-    """A folder belongs to one preset and seed: its songs and codes are not those of another."""
+def claim(sizes: TrainingSizes, options: RunOptions) -> None:
+    """Make a folder, which belongs to one preset and seed: its songs and codes are not those of another.
+
+    Raises:
+        ParamError: it belongs to another training.
+    """
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / RUN_FILE
     wanted = {"preset": sizes.name, "seed": options.seed}
@@ -56,7 +61,7 @@ def _claim(sizes: TrainingSizes, options: RunOptions) -> None:
             raise ParamError(f"{options.folder} holds a training of {found}, not of {wanted}; choose another --out")
         return
     # whole at once: two stages may start side by side
-    beside = path.with_suffix(f".{os.getpid()}")
+    beside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     beside.write_text(json.dumps(wanted) + "\n")
     os.replace(beside, path)
 
@@ -97,7 +102,7 @@ def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: 
     """
     if stage not in STAGE_ORDER:
         raise ParamError(f"--stage: expected one of {', '.join(STAGE_ORDER)}, got {stage!r}")
-    _claim(sizes, options)
+    claim(sizes, options)
 
     def late() -> bool:
         return options.deadline is not None and time.monotonic() >= options.deadline

@@ -70,8 +70,8 @@ class TrainingSizes:
     Attributes:
         geometry: rates and windows; the flow serves its window.
         n_codec_songs: songs, one decoder window long, that encoder, mel VAE and flow learn from.
-        n_predictor_songs: songs of 40 to 60 s that mask predictor learns from.
-        song_s: length of the latter; None draws it.
+        n_predictor_songs: songs that the mask predictor learns from.
+        song_s: length of the latter; None draws 40 to 60.
         n_vocal_takes: vocals of a song, the first clean, the others disturbed.
         active_latents: channels of a latent side that carry the sound; two more say where they are, the others are zero
             (spec/mucodec has 16).
@@ -172,14 +172,15 @@ def _demo() -> TrainingSizes:
             "mel_vae": Budget(1800, 3, ((0.9, 32), (1.0, 192)), 2e-3, average=0.998, long_batch_size=1),
             "style": Budget(800, 20, ((1.0, 300),), 1e-3),
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
-            "predictor": Budget(8000, 8, ((0.6, 256), (1.0, 1000)), 1e-3, average=0.999, long_batch_size=2),
+            "predictor": Budget(6000, 8, ((0.7, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
         },
         n_codec_songs=320,
-        n_predictor_songs=1500,
-        song_s=None,
+        n_predictor_songs=800,
+        # one encoder window
+        song_s=40.9,
         n_vocal_takes=2,
         active_latents=8,
-        max_seconds=120,
+        max_seconds=360,
     )
 
 

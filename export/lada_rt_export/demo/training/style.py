@@ -15,10 +15,10 @@ from lada_rt.condition import position_ids
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lada_rt_export.demo.bundle import byte_tokenizer
 from lada_rt_export.demo.songs.arrange import describe
 from lada_rt_export.demo.songs.song import compose
 from lada_rt_export.demo.songs.styles import STYLES
+from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.data import CodecSongs, song_seed
 from lada_rt_export.demo.training.loop import Losses
 from lada_rt_export.demo.training.sizes import TrainingSizes

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lada_rt_export.bundle_source import BundleHeader
-from lada_rt_export.demo.bundle import REF_CHUNK_SAMPLES, byte_tokenizer
+from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.flow import FlowModules
 from lada_rt_export.demo.training.grains import grain_vocoder
@@ -45,15 +45,26 @@ from lada_rt_export.models.vocoder import Vocoder
 from lada_rt_export.models.vq import VQ, condition_linear
 from lada_rt_export.stages import StageSizes
 
-__all__ = ["WEIGHTS_FILE", "TrainedSource", "collect_weights"]
+__all__ = ["DEMO_WEIGHTS", "WEIGHTS_FILE", "TrainedSource", "collect_weights"]
 
 WEIGHTS_FILE = "trained.safetensors"
+#: what the embedded bundle is built from
+DEMO_WEIGHTS = Path(__file__).parent / WEIGHTS_FILE
+_REF_CHUNK_SAMPLES = 1_440_000
 _RTD_KEYS = ("rtd_head.weight", "rtd_head.bias")
 NOTE = (
     "The released architecture at the real rates, scaled down, trained on songs of a procedural generator and on "
     "nothing else: it knows five styles, synthetic voices and their English descriptions."
 )
 TOY_NOTE = "A test of the training pipeline, trained for a few steps: the output is noise, not music."
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """In half precision where that loses nothing: parameters were rounded to it, statistics were not."""
+    if tensor.dtype != torch.float32:
+        return tensor.contiguous().clone()
+    half = tensor.half()
+    return (half if torch.equal(half.float(), tensor) else tensor).contiguous().clone()
 
 
 def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
@@ -94,7 +105,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
     for name, module in networks.items():
         for key, tensor in module.state_dict().items():
             if not (name == "mask_predictor" and key in _RTD_KEYS):
-                tensors[f"{name}.{key}"] = tensor.contiguous().clone()
+                tensors[f"{name}.{key}"] = _stored(tensor)
     final = {}
     for name in stages:
         losses = json.loads((folder / f"{name}.losses.json").read_text())
@@ -135,7 +146,7 @@ class TrainedSource:
             mask_id=training.predictor.mask_id,
             feature_size=training.text.output_size,
             ref_hidden_size=training.mert.hidden_size,
-            ref_chunk_samples=REF_CHUNK_SAMPLES,
+            ref_chunk_samples=_REF_CHUNK_SAMPLES,
             text_vocab_size=Tokenizer.from_str(self.tokenizer_json.decode()).get_vocab_size(),
             max_frames=geometry.n_codes(training.max_seconds * geometry.sample_rate_hz),
         )
@@ -192,7 +203,7 @@ class TrainedSource:
             mask_id=self.sizes.mask_id,
             prefix_dim=self.sizes.feature_size,
             max_seconds=training.max_seconds,
-            ref_chunk_samples=REF_CHUNK_SAMPLES,
+            ref_chunk_samples=_REF_CHUNK_SAMPLES,
             sources=(
                 {
                     "name": "songs of lada_rt_export.demo.songs",

@@ -391,9 +391,8 @@ def test_sizes_come_from_the_graphs() -> None:
     assert sizes.denoiser.intermediate == denoiser.intermediate_size
     assert sizes.denoiser.kv_width == denoiser.n_kv_heads * denoiser.head_dim
     assert sizes.flow is not None
-    assert sizes.flow == FlowSizes(
-        flow.dim, flow.n_layers, flow.ffn_multiple * flow.dim, flow.in_channels, 4 * flow.out_channels, 4, 512
-    )
+    ffn, n_out = flow.ffn_multiple * flow.dim, 4 * flow.out_channels
+    assert sizes.flow == FlowSizes(flow.dim, flow.n_layers, ffn, flow.in_channels, n_out, 4, flow.time_features)
     assert sizes.vocoder is not None
     assert (sizes.vocoder.rates, sizes.vocoder.kernels) == (vocoder.rates, vocoder.kernels)
     assert (sizes.vocoder.initial, sizes.vocoder.block_kernels) == (vocoder.initial_channels, vocoder.resblock_kernels)

@@ -18,13 +18,13 @@ from lada_rt.geometry import CodecGeometry
 from lada_rt_export.build import build_bundle
 from lada_rt_export.demo import evaluate
 from lada_rt_export.demo.songs.form import Chord, Section
-from lada_rt_export.demo.songs.song import Song
+from lada_rt_export.demo.songs.song import Song, compose
 from lada_rt_export.demo.source import TrainedSource, collect_weights
 from lada_rt_export.demo.training import features, flow, loop, runner
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.codes import CodecEngine
 from lada_rt_export.demo.training.data import song_seed
-from lada_rt_export.demo.training.predictor import masked_loss
+from lada_rt_export.demo.training.predictor import NO_LABEL, frame_labels, masked_loss
 from lada_rt_export.demo.training.sizes import PRESETS, Budget
 from lada_rt_export.demo.training.style import StyleModules
 from lada_rt_export.models.flow import Flow, FlowConfig
@@ -210,10 +210,30 @@ def test_masked_loss_of_a_net_that_knows_nothing() -> None:
     codes = torch.randint(0, 32, (4, 50))
     codes[1, 30:] = config.pad_id
     vocal = torch.where(codes == config.pad_id, config.vocal_pad, torch.randint(0, 32, (4, 50)))
-    cross_entropy, detection, right = masked_loss(net, vocal, codes, torch.zeros(4, 2, 8), 4)
-    assert cross_entropy.item() == pytest.approx(math.log(32), rel=1e-5)
-    assert detection.item() == pytest.approx(math.log(2), rel=1e-5)
-    assert 0 <= right.item() < 0.2
+    found = masked_loss(net, vocal, codes, torch.zeros(4, 2, 8), 4)
+    assert found.cross_entropy.item() == pytest.approx(math.log(32), rel=1e-5)
+    assert found.detection.item() == pytest.approx(math.log(2), rel=1e-5)
+    assert 0 <= found.right.item() < 0.2
+    assert found.hidden.shape == (4, 50, 16)
+
+
+def test_frames_are_labelled_with_their_chord_and_sixteenth() -> None:
+    score = compose(7, duration_s=12.0)
+    n_frames, rate_hz = 320, 25.0
+    chord, place = frame_labels(score, n_frames, rate_hz)
+    times = (np.arange(n_frames) + 0.5) / rate_hz
+    for one in score.form.chords():
+        inside = (times >= one.start_s) & (times < one.end_s)
+        third = (one.pitch_classes[1] - one.root) % 12
+        assert set(chord[inside]) <= {one.root + (12 if third == 3 else 0)}
+    beats = score.form.beats_s()
+    assert set(place[(times >= beats[0]) & (times < beats[-1])]) == set(range(16))
+    for bar, start in enumerate(beats[:-5:4]):
+        # the frame after a downbeat, and the last before the next
+        assert place[np.searchsorted(times, start)] == 0, bar
+        assert place[np.searchsorted(times, beats[4 * bar + 4]) - 1] == 15, bar
+    outside = times >= max(score.form.chords()[-1].end_s, beats[-1])
+    assert set(chord[outside]) | set(place[outside]) <= {NO_LABEL}
 
 
 def test_crops_grow_and_wrong_folders_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lada_rt_export.demo.training.flow import FlowModules
 from lada_rt_export.demo.training.grains import grain_vocoder
 from lada_rt_export.demo.training.loop import load_weights
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
+from lada_rt_export.demo.training.predictor import PredictorModules
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.demo.training.style import StyleModules
 from lada_rt_export.models.clamp3 import Clamp3Audio, Clamp3Text
@@ -78,7 +79,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         CheckpointError: a checkpoint is damaged.
     """
     codec, mel, style = Codec(sizes), MelAutoencoder(sizes), StyleModules(sizes)
-    flow, predictor = FlowModules(sizes), MaskPredictor(sizes.predictor)
+    flow, predictor = FlowModules(sizes), PredictorModules(sizes)
     stages: dict[str, nn.Module] = {
         "codec": codec,
         "mel_vae": mel,
@@ -99,7 +100,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         "flow": flow.flow,
         "condition": flow.condition,
         "normfeat": flow.norm,
-        "mask_predictor": predictor,
+        "mask_predictor": predictor.net,
     }
     tensors: dict[str, Tensor] = {}
     for name, module in networks.items():

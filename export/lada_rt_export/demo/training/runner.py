@@ -86,7 +86,7 @@ def _task(sizes: TrainingSizes, options: RunOptions, stage: str) -> Task:
         codec = Codec(sizes)
         _loaded(folder, "codec", codec, device)
         return FlowTask(sizes, songs, codec.vq)
-    return PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", device))
+    return PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", options.seed, device))
 
 
 def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: int = 1) -> bool:

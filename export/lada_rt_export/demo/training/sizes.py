@@ -175,7 +175,7 @@ def _demo() -> TrainingSizes:
             "predictor": Budget(6000, 8, ((0.7, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
         },
         n_codec_songs=320,
-        n_predictor_songs=800,
+        n_predictor_songs=640,
         # one encoder window
         song_s=40.9,
         n_vocal_takes=2,

@@ -19,8 +19,11 @@ import matplotlib.pyplot as plt
 
 
 def draw(path: Path, stages: list[dict[str, Any]]) -> None:
-    figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3.6), squeeze=False, layout="constrained")
-    for axis, stage in zip(axes[0], stages, strict=True):
+    n_rows = (len(stages) + 2) // 3
+    figure, axes = plt.subplots(n_rows, 3, figsize=(14, 3.8 * n_rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(stages) :]:
+        axis.axis("off")
+    for axis, stage in zip(axes.flat, stages, strict=False):
         rows = stage["rows"]
         steps = [row["step"] for row in rows]
         for name in (name for name in rows[0] if name not in ("step", "entropy_bits")):
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument("png", type=Path)
     parser.add_argument("json", type=Path)
     args = parser.parse_args()
-    order = ("codec", "mel_vae", "style", "flow", "predictor")
+    order = ("codec", "mel_vae", "style", "flow", "predictor", "refine")
     files = [args.folder / f"{name}.losses.json" for name in order]
     stages = [json.loads(file.read_text()) for file in files if file.is_file()]
     if not stages:

@@ -1,4 +1,5 @@
-"""Write the README's table of numbers from the committed reports of `lada-rt bench --json`.
+"""Write the README's table of numbers from the committed reports of `lada-rt bench --json`, and the demo's musical
+figures, in the README and the model card, from that of `lada_rt_export.demo.evaluate`.
 
     python bench/readme_table.py            # rewrite the text between the markers
     python bench/readme_table.py --check    # exit 1 if it is not what the reports say
@@ -20,13 +21,14 @@ from lada_rt.bench.compare import read_report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PATTERN = "*-bench-*.json"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+MUSIC_PATTERN = "*-demo-music.json"
+CARD = ROOT / "runtime" / "lada_rt" / "DEMO_CARD.md"
 HEAD = ("device", "bundle", "precision", "vocal", "steps", "RTF", "TTFA", "peak memory", "eager torch / lada-rt")
 
 
-def newest(folder: Path) -> list[Path]:
-    """Files matching PATTERN, for each name without its date the last one, sorted by that name."""
-    found = {re.sub(r"^\d{4}-\d\d-\d\d-", "", path.name): path for path in sorted(folder.glob(PATTERN))}
+def newest(folder: Path, pattern: str = PATTERN) -> list[Path]:
+    """Files matching a pattern, for each name without its date the last one, sorted by that name."""
+    found = {re.sub(r"^\d{4}-\d\d-\d\d-", "", path.name): path for path in sorted(folder.glob(pattern))}
     return [found[name] for name in sorted(found)]
 
 
@@ -77,33 +79,68 @@ def table(reports: list[tuple[Path, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with `text` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}; put them where the table belongs")
+def music_table(report: dict[str, Any]) -> str:
+    """Markdown: each musical figure of the generated songs beside those that frame it, and the levels."""
+    summary, settings = report["summary"], report["settings"]
+    lines = [
+        "| | generated | codec | truth | another song's | of the codec's | times another's |",
+        "|" + " --- |" * 7,
+    ]
+    for name, title in (("chord_match", "beats in the right chord"), ("onset_f1", "onset F1, 50 ms")):
+        kinds = [_figure(summary[name + kind]) for kind in ("", "_codec", "_truth", "_shuffled")]
+        ratios = [_figure(summary[f"{name}_of_{other}"]) for other in ("codec", "shuffled")]
+        lines.append("| " + " | ".join([title, *kinds, *ratios]) + " |")
+    style = [_figure(summary[f"style_accuracy{kind}"]) for kind in ("", "_codec", "_truth")]
+    lines.append("| " + " | ".join(["style heard as asked", *style, "", "", ""]) + " |")
+    levels = ", ".join(f"{part} {summary[f'{part}_level_db']:+.1f} dB" for part in ("intro", "interlude"))
+    lines += [
+        "",
+        f"{settings['n_songs']} unseen songs, {settings['steps']} steps, {settings['flow_steps']} flow steps; ratios of chords after",
+        f"chance (1 in 24) is taken off. Level where nobody sings, over the truth's: {levels}.",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def replaced(path: Path, name: str, text: str) -> str:
+    """The text of a file with `text` between its markers of a name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{path.name}: expected the markers {begin} and {end}; put them where the table belongs")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--card", type=Path, default=CARD)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table is out of date")
     args = parser.parse_args(argv)
     reports = [(path, read_report(path)) for path in newest(args.results)]
     if not reports:
         raise SystemExit(f"{args.results}: expected reports named {PATTERN}; write one with: lada-rt bench --json FILE")
-    readme = args.readme.read_text(encoding="utf-8")
-    wanted = replaced(readme, table(reports))
-    if args.check:
-        if wanted != readme:
-            print(f"{args.readme}: its table is not what {args.results} says; run: make readme-table", file=sys.stderr)
-        return int(wanted != readme)
-    args.readme.write_text(wanted, encoding="utf-8")
-    print(json.dumps({"readme": str(args.readme), "reports": [path.name for path, _ in reports]}))
-    return 0
+    tables = [(args.readme, "table", table(reports))]
+    for path in newest(args.results, MUSIC_PATTERN)[-1:]:
+        text = music_table(json.loads(path.read_text(encoding="utf-8")))
+        tables.append((args.card, "music", text))
+    stale = 0
+    for path, name, text in tables:
+        wanted = replaced(path, name, text)
+        if wanted == path.read_text(encoding="utf-8"):
+            continue
+        stale = 1
+        if args.check:
+            print(f"{path}: its table is not what {args.results} says; run: make readme-table", file=sys.stderr)
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    print(json.dumps({"tables": [str(path) for path, _, _ in tables], "reports": [path.name for path, _ in reports]}))
+    return stale if args.check else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lada_rt_export.demo.training import features, flow, loop, runner
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.codes import CodecEngine
 from lada_rt_export.demo.training.data import song_seed
-from lada_rt_export.demo.training.predictor import NO_LABEL, frame_labels, masked_loss
+from lada_rt_export.demo.training.predictor import NO_LABEL, PredictorModules, frame_labels, masked_loss
 from lada_rt_export.demo.training.sizes import PRESETS, Budget
 from lada_rt_export.demo.training.style import StyleModules
 from lada_rt_export.models.flow import Flow, FlowConfig
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 TOY = PRESETS["toy"]
 SEED = 5
-TRAINED = ("codec", "mel_vae", "style", "flow", "predictor")
+TRAINED = ("codec", "mel_vae", "style", "flow", "predictor", "refine")
 RATE_HZ = 48_000
 
 
@@ -142,6 +142,15 @@ def test_later_stages_learn_from_the_weights_that_are_shipped(trained: Path, wei
     raw = torch.load(trained / "style.pt", weights_only=True)["modules"]["read.weight"]
     assert not torch.equal(raw, style.read.weight)
     torch.testing.assert_close(raw, style.read.weight, rtol=2**-11, atol=2**-25)
+
+
+def test_refining_starts_from_what_the_predictor_left(trained: Path, tmp_path: Path) -> None:
+    folder = _copy(trained, tmp_path / "start", "refine")
+    assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=0), "refine")
+    found = torch.load(folder / "refine.pt", weights_only=True)["modules"]
+    left = PredictorModules(TOY)
+    loop.load_weights(folder, "predictor", left)
+    torch.testing.assert_close(found, dict(left.state_dict()), rtol=0, atol=0)
 
 
 def test_two_stages_may_claim_a_new_folder_at_once(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="lada_rt_export.demo.showcase"
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (default: out/demo)")
-    parser.add_argument("--seconds", type=float, default=24.0, help="length of the song (default: 24)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="length of the song (default: 40)")
     parser.add_argument(
         "--seed", type=int, default=90_100, help="of the song; training stays below 90000 (default: 90100)"
     )

@@ -85,7 +85,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         "mel_vae": mel,
         "style": style,
         "flow": flow,
-        "predictor": predictor,
+        "refine": predictor,
     }
     for name, module in stages.items():
         load_weights(folder, name, module)

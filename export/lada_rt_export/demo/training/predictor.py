@@ -161,12 +161,11 @@ class PredictorModules(nn.Module):
 
 
 class PredictorTask:
-    """Trains `PredictorModules`."""
+    """Trains `PredictorModules`, in stage `predictor` from nothing, in stage `refine` from what that left, on whole songs:
+    where a section comes back, the first time tells what the second is like."""
 
-    name = "predictor"
-
-    def __init__(self, sizes: TrainingSizes, songs: PredictorSongs) -> None:
-        self.songs, self.budget = songs, sizes.budgets["predictor"]
+    def __init__(self, sizes: TrainingSizes, songs: PredictorSongs, name: str = "predictor") -> None:
+        self.name, self.songs, self.budget = name, songs, sizes.budgets[name]
         self.modules = PredictorModules(sizes)
         for embedding in (self.modules.net.voc_embed, self.modules.net.acc_embed):
             nn.init.normal_(embedding.weight, std=0.1)

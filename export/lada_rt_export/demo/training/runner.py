@@ -1,16 +1,17 @@
 """The stages in order, resumable at any moment; what `python -m lada_rt_export.demo.train` runs.
 
-Budget of the `demo` preset on a CPU, in processor seconds of one core (AMD EPYC with AVX-512), measured over
-hundreds of steps of songs, codec and mel_vae and two steps of the others. Two cores take half of the sum if two stages
-run side by side: mel_vae beside codec, flow beside the codes of the predictor's songs.
+Budget of the `demo` preset on a CPU, in processor seconds of one core (AMD EPYC with AVX-512), measured. Two cores take
+half of the sum if two stages run side by side: mel_vae beside codec or codes, flow beside predictor.
 
     songs      320 songs            3 s each                                    0.3 h
-    codec      4000 steps           0.29 s                                      0.3 h
-    mel_vae    1800 steps           0.63 s, long crops 1.3 s                    0.3 h
-    style      800 steps            0.6 s                                       0.1 h
-    codes      1500 + 320 songs     1.3 s to render, the rest not measured      1 h
-    flow       6000 steps           0.38 s, whole windows 1.2 s                 0.8 h
-    predictor  8000 steps           0.37 s, whole songs 0.73 s                  1.1 h
+    codec      4000 steps           0.29 s                                      0.4 h
+    mel_vae    1800 steps           0.6 s, long crops 1.3 s                     0.3 h
+    style      800 steps            0.6 s                                       0.2 h
+    latents    320 songs            0.3 s                                       0.1 h
+    codes      640 songs            2.8 s                                       0.5 h
+    flow       6000 steps           0.38 s, whole windows 0.9 s                 0.7 h
+    predictor  9000 steps           0.34 s, whole songs 0.7 s                   1.0 h
+    refine     3000 steps           0.75 s                                      0.6 h
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ def _task(sizes: TrainingSizes, options: RunOptions, stage: str) -> Task:
         codec = Codec(sizes)
         _loaded(folder, "codec", codec, device)
         return FlowTask(sizes, songs, codec.vq)
-    return PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", options.seed, device))
+    task = PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", options.seed, device), stage)
+    if stage == "refine":
+        load_weights(folder, "predictor", task.modules)
+        task.modules.train().requires_grad_(True)
+    return task
 
 
 def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: int = 1) -> bool:
@@ -117,7 +122,7 @@ def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: 
     }
     if stage in encoded:
         return encoded[stage](late)
-    needed = {"flow": "latents", "predictor": "codes"}.get(stage)
+    needed = {"flow": "latents", "predictor": "codes", "refine": "codes"}.get(stage)
     if needed is not None and not encoded[needed](lambda: True):
         raise ExportError(f"stage {stage} needs the {needed}, some are missing; run --stage {needed} first")
     return train(_task(sizes, options, stage), options)

@@ -25,7 +25,7 @@ from lada_rt_export.models.vq import VQConfig
 __all__ = ["PRESETS", "STAGE_ORDER", "Budget", "TrainingSizes"]
 
 #: the order of work; a stage needs the results of those before it
-STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "latents", "codes", "flow", "predictor")
+STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "latents", "codes", "flow", "predictor", "refine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class TrainingSizes:
             raise ParamError("training sizes: predictor and quantiser must have one vocabulary; correct the preset")
         if self.flow.latent_frames != self.geometry.window_latents:
             raise ParamError("training sizes: the flow must serve the decoder window; correct the preset")
-        if set(self.budgets) != {"codec", "mel_vae", "style", "flow", "predictor"}:
+        if set(self.budgets) != {"codec", "mel_vae", "style", "flow", "predictor", "refine"}:
             raise ParamError("training sizes: expected one budget for each trained stage; correct the preset")
 
 
@@ -138,6 +138,7 @@ def _toy() -> TrainingSizes:
             "style": Budget(3, 4, ((1.0, 20),)),
             "flow": Budget(3, 2, ((0.5, 32), (1.0, 128)), average=0.9, long_batch_size=1),
             "predictor": Budget(3, 2, ((0.5, 32), (1.0, 96)), average=0.9),
+            "refine": Budget(3, 2, ((1.0, 96),), average=0.9),
         },
         n_codec_songs=2,
         n_predictor_songs=2,
@@ -172,7 +173,8 @@ def _demo() -> TrainingSizes:
             "mel_vae": Budget(1800, 3, ((0.9, 32), (1.0, 192)), 2e-3, average=0.998, long_batch_size=1),
             "style": Budget(800, 20, ((1.0, 300),), 1e-3),
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
-            "predictor": Budget(6000, 8, ((0.7, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
+            "predictor": Budget(9000, 8, ((0.8, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
+            "refine": Budget(3000, 2, ((1.0, 1000),), 1e-3, average=0.999),
         },
         n_codec_songs=320,
         n_predictor_songs=640,

@@ -95,8 +95,8 @@ def music_table(report: dict[str, Any]) -> str:
     levels = ", ".join(f"{part} {summary[f'{part}_level_db']:+.1f} dB" for part in ("intro", "interlude"))
     lines += [
         "",
-        f"{settings['n_songs']} unseen songs, {settings['steps']} steps, {settings['flow_steps']} flow steps; ratios of chords after",
-        f"chance (1 in 24) is taken off. Level where nobody sings, over the truth's: {levels}.",
+        f"{settings['n_songs']} unseen songs, {settings['steps']} steps, {settings['flow_steps']} flow steps; ratios",
+        f"of chords after chance (1 in 24) is taken off. Level where nobody sings, over the truth's: {levels}.",
     ]
     return "\n".join(lines)
 

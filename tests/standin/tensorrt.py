@@ -1,7 +1,8 @@
 """Stands in for TensorRT where there is none: the names that lada-rt uses, calls checked for order and arguments.
 
-A plan names the graph it was "built" from; ONNX Runtime computes, on the memory that the addresses point to. Calls are
-appended to the file of STANDIN_CALLS. STANDIN_MODE: "refuse" the graph, build "nothing", "crash", or compute "wrong".
+A plan names a copy of the graph it was "built" from; ONNX Runtime computes, on the memory that the addresses point to.
+Calls are appended to the file of STANDIN_CALLS. STANDIN_MODE: "refuse" the graph, build "nothing", "crash", or compute
+"wrong".
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import enum
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +212,17 @@ class Builder:
         monitor.phase_finish("Tactics")
         monitor.phase_finish("Building")
         shapes = {name: [list(d) for d in three] for name, three in profile.shapes.items()}
-        return None if MODE == "nothing" else json.dumps({"graph": str(network.graph), "shapes": shapes}).encode()
+        plan = {"graph": str(_kept(network.graph)), "shapes": shapes}
+        return None if MODE == "nothing" else json.dumps(plan).encode()
+
+
+def _kept(graph: Path) -> Path:
+    """A copy of a graph: a plan holds its weights, whatever becomes of the file it was built from."""
+    folder = Path(tempfile.mkdtemp(prefix="plan-", dir=Path(os.environ["STANDIN_CALLS"]).parent))
+    data = graph.with_suffix(".data")
+    for file in (graph, *([data] if data.is_file() else [])):
+        shutil.copy(file, folder)
+    return folder / graph.name
 
 
 class Context:

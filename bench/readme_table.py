@@ -1,5 +1,5 @@
 """Write the README's table of numbers from the committed reports of `lada-rt bench --json`, and the demo's musical
-figures, in the README and the model card, from that of `lada_rt_export.demo.evaluate`.
+figures, in its model card, from that of `lada_rt_export.demo.evaluate`.
 
     python bench/readme_table.py            # rewrite the text between the markers
     python bench/readme_table.py --check    # exit 1 if it is not what the reports say
@@ -93,10 +93,12 @@ def music_table(report: dict[str, Any]) -> str:
     style = [_figure(summary[f"style_accuracy{kind}"]) for kind in ("", "_codec", "_truth")]
     lines.append("| " + " | ".join(["style heard as asked", *style, "", "", ""]) + " |")
     levels = ", ".join(f"{part} {summary[f'{part}_level_db']:+.1f} dB" for part in ("intro", "interlude"))
+    length = "40 to 60" if settings["song_s"] is None else f"{settings['song_s']:g}"
     lines += [
         "",
-        f"{settings['n_songs']} unseen songs, {settings['steps']} steps, {settings['flow_steps']} flow steps; ratios",
-        f"of chords after chance (1 in 24) is taken off. Level where nobody sings, over the truth's: {levels}.",
+        f"{settings['n_songs']} unseen songs of {length} s, {settings['steps']} steps, {settings['flow_steps']} flow",
+        f"steps; ratios of chords after chance ({report['chord_chance']:.2f}) is taken off.",
+        f"Level where nobody sings, over the truth's: {levels}.",
     ]
     return "\n".join(lines)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import readme_table  # noqa: E402
+import readme_table
 
 MUSIC = {
-    "settings": {"n_songs": 3, "steps": 60, "flow_steps": 20},
+    "chord_chance": 0.0417,
+    "settings": {"n_songs": 3, "song_s": None, "steps": 60, "flow_steps": 20},
     "summary": {
         **{f"chord_match{k}": v for k, v in {"": 0.31, "_codec": 0.4, "_truth": 0.8, "_shuffled": 0.05}.items()},
         **{f"onset_f1{k}": v for k, v in {"": 0.7, "_codec": 0.84, "_truth": 1.0, "_shuffled": 0.5}.items()},
@@ -35,6 +32,8 @@ def test_the_music_table_says_what_the_report_says() -> None:
     assert "| beats in the right chord | 0.31 | 0.40 | 0.80 | 0.05 | 0.75 |  |" in text
     assert "| onset F1, 50 ms | 0.70 | 0.84 | 1.00 | 0.50 | 0.83 | 1.40 |" in text
     assert "| style heard as asked | 0.90 | 0.95 | 1.00 |" in text
+    assert "3 unseen songs of 40 to 60 s, 60 steps" in text
+    assert "chance (0.04)" in text
     assert "intro -1.3 dB, interlude +2.0 dB" in text
 
 

@@ -175,7 +175,7 @@ def test_the_main_path_runs_on_plans(bundle: Bundle, standin: Path) -> None:
     found = pipe.generate(vocal, text="", params=params)
     expected = Pipeline.load(bundle.path, backend="onnxruntime", device="cpu").generate(vocal, text="", params=params)
     np.testing.assert_array_equal(found.codes, expected.codes)
-    # the CPU's own graph of the flow sums in another order, which the demo's mel decoder enlarges; measured 3.5e-5
+    # measured 3.5e-5; the demo's mel decoder alone is 1e-5 from torch, as its manifest says
     np.testing.assert_allclose(found.audio, expected.audio, atol=1e-4 * np.abs(expected.audio).max())
     assert ["execute"] in called(standin)
 

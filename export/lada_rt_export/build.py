@@ -37,7 +37,7 @@ from lada_rt_export.workspace import Workspace, available_memory, check_disk, ch
 __all__ = ["BuildOptions", "build_bundle"]
 
 #: bump when exporter, stage modules or proof change in a way that a version number of lada-rt does not show
-EXPORTER_REVISION: Final = 2
+EXPORTER_REVISION: Final = 3
 #: interpreter, torch, exporter
 _PROCESS_BYTES: Final = 1 << 30
 #: exporting has a cost that does not grow with the weights

@@ -44,7 +44,6 @@ CHANCE = 1 / 24
 CURVE_STEPS = (4, 8, 16, 20, 32, 60, 80)
 #: of `chroma`
 _CHROMA_HOP, _CHROMA_WINDOW = 2048, 8192
-_MINOR = ("min", "min7")
 _SILENT_SECTIONS = ("intro", "interlude")
 _CLASSIFIER_SEED = 1_000_000
 _KINDS = ("", "_truth", "_codec", "_shuffled")
@@ -76,8 +75,7 @@ def chord_match(audio: Floats, song: Song) -> float | None:
         chord = next((c for c in song.chords if c.start_s <= middle < c.end_s), None)
         if chord is None or middle * RATE_HZ > audio.shape[1] or not inside.any():
             continue
-        wanted = chord.root + (12 if chord.quality in _MINOR else 0)
-        hits.append(bool(mean.any()) and int(np.argmax(templates @ mean)) == wanted)
+        hits.append(bool(mean.any()) and int(np.argmax(templates @ mean)) == chord.triad)
     return float(np.mean(hits)) if hits else None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lada_rt.condition import CHUNK_SAMPLES
 from lada_rt.errors import CheckpointError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -45,13 +46,13 @@ from lada_rt_export.models.stages_mucodec import EncoderStage, FlowStage, MelDec
 from lada_rt_export.models.vocoder import Vocoder
 from lada_rt_export.models.vq import VQ, condition_linear
 from lada_rt_export.stages import StageSizes
+from lada_rt_export.stored_halves import exact_half
 
 __all__ = ["DEMO_WEIGHTS", "WEIGHTS_FILE", "TrainedSource", "collect_weights"]
 
 WEIGHTS_FILE = "trained.safetensors"
 #: what the embedded bundle is built from
 DEMO_WEIGHTS = Path(__file__).parent / WEIGHTS_FILE
-_REF_CHUNK_SAMPLES = 1_440_000
 _RTD_KEYS = ("rtd_head.weight", "rtd_head.bias")
 NOTE = (
     "The released architecture at the real rates, scaled down, trained on songs of a procedural generator and on "
@@ -62,10 +63,8 @@ TOY_NOTE = "A test of the training pipeline, trained for a few steps: the output
 
 def _stored(tensor: Tensor) -> Tensor:
     """In half precision where that loses nothing: parameters were rounded to it, statistics were not."""
-    if tensor.dtype != torch.float32:
-        return tensor.contiguous().clone()
-    half = tensor.half()
-    return (half if torch.equal(half.float(), tensor) else tensor).contiguous().clone()
+    half = exact_half(tensor.numpy()) if tensor.dtype == torch.float32 else None
+    return tensor.contiguous().clone() if half is None else torch.from_numpy(half)
 
 
 def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
@@ -147,7 +146,7 @@ class TrainedSource:
             mask_id=training.predictor.mask_id,
             feature_size=training.text.output_size,
             ref_hidden_size=training.mert.hidden_size,
-            ref_chunk_samples=_REF_CHUNK_SAMPLES,
+            ref_chunk_samples=CHUNK_SAMPLES,
             text_vocab_size=Tokenizer.from_str(self.tokenizer_json.decode()).get_vocab_size(),
             max_frames=geometry.n_codes(training.max_seconds * geometry.sample_rate_hz),
         )
@@ -204,7 +203,7 @@ class TrainedSource:
             mask_id=self.sizes.mask_id,
             prefix_dim=self.sizes.feature_size,
             max_seconds=training.max_seconds,
-            ref_chunk_samples=_REF_CHUNK_SAMPLES,
+            ref_chunk_samples=CHUNK_SAMPLES,
             sources=(
                 {
                     "name": "songs of lada_rt_export.demo.songs",

@@ -24,7 +24,7 @@ from lada_rt.bench.roofline import (
 )
 from lada_rt.bundle import Bundle
 
-__all__ = ["GraphShapes", "bundle_sizes", "read_shapes"]
+__all__ = ["HALF_SUFFIX", "GraphShapes", "bundle_sizes", "read_shapes"]
 
 # field numbers of onnx.proto
 _GRAPH = 7
@@ -32,7 +32,7 @@ _NODE, _INITIALIZER = 1, 5
 _OP_TYPE, _NODE_INPUT = 4, 1
 _DIMS, _TENSOR_NAME = 1, 8
 #: ends the name of a weight that the exporter stores in half precision and a Cast restores
-_HALF = ".half"
+HALF_SUFFIX = ".half"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def read_shapes(graph: Path) -> GraphShapes:
             for part, first, last in _fields(data, start, stop):
                 if part == _INITIALIZER:
                     name, dims = _tensor(data, first, last)
-                    weights[name.removesuffix(_HALF)] = dims
+                    weights[name.removesuffix(HALF_SUFFIX)] = dims
                 elif part == _NODE:
                     nodes.append(_node(data, first, last))
     return GraphShapes(weights, tuple(nodes))

@@ -109,6 +109,11 @@ class Chord:
     quality: str
 
     @property
+    def triad(self) -> int:
+        """0 to 11 for major triads from C, 12 to 23 for minor ones; sevenths count as their triads."""
+        return self.root + (12 if self.quality in ("min", "min7") else 0)
+
+    @property
     def pitch_classes(self) -> tuple[int, ...]:
         return tuple((self.root + step) % 12 for step in QUALITIES[self.quality])
 

@@ -8,7 +8,7 @@ dropped independently. Crops are short at first and then whole songs.
 
 Beyond the paper, two heads that inference does without read the chord and the place in the bar from every hidden state;
 the generator knows both. Codes say harmony and metre only between the lines: with the codes' loss alone a network of
-this size had learned after 4000 steps to sound the right chord on a fifth of the beats.
+this size had learned after 4000 steps to sound the right chord on a quarter of the beats.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ def frame_labels(score: Score, n_frames: int, rate_hz: float) -> np.ndarray:
     """Chord and place in the bar of each frame.
 
     Returns:
-        [2, n_frames] int64: 0..11 a major and 12..23 a minor triad, sevenths counted as their triads; 0..15 the
-        sixteenth; NO_LABEL where there is none.
+        [2, n_frames] int64: `Chord.triad`, and 0..15 for the sixteenth of the bar; NO_LABEL where there is none.
     """
     times = (np.arange(n_frames) + 0.5) / rate_hz
     labels = np.full((2, n_frames), NO_LABEL, np.int64)
     for chord in score.form.chords():
         inside = (times >= chord.start_s) & (times < chord.end_s)
-        labels[0, inside] = chord.root + (12 if chord.quality.startswith("min") else 0)
+        labels[0, inside] = chord.triad
     beats = score.form.beats_s()
     beat = np.searchsorted(beats, times, side="right") - 1
     known = (beat >= 0) & (beat < len(beats) - 1)

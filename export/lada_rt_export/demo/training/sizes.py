@@ -1,8 +1,7 @@
 """Every number of a training run: network sizes, crops, batches, steps. Two presets, `toy` for tests and `demo`.
 
 Widths of `demo` are chosen for a bundle under 12 MB and for the shape of the work at inference: attention of the flow
-over 4096 tokens and the mel decoder's largest maps take nine tenths of the time, the denoiser little. Nothing here has
-been trained to the end yet; steps are budgets, not results.
+over 4096 tokens and the mel decoder's largest maps take nine tenths of the time, the denoiser little.
 """
 
 from __future__ import annotations

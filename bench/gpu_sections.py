@@ -22,7 +22,8 @@ from lada_rt.params import GenerationParams
 from lada_rt.torch_loop.denoise import DenoiseLoop
 from lada_rt.torch_loop.noise import flow_noise
 from lada_rt_export.models.channels_last import ChannelsLastMelDecoder, ChannelsLastVocoder
-from lada_rt_export.torch_stages import DTYPES, StagePart, compile_blocks, part_engine, stage_parts
+from lada_rt_export.stages import CODE_MISMATCH_TOLERANCE, DTYPES
+from lada_rt_export.torch_stages import StagePart, compile_blocks, part_engine, stage_parts
 from lada_rt_kernels import remask, remask_ref, sample, sample_ref
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -320,7 +321,7 @@ def flow_inputs(state: State, n_songs: int = 1) -> dict[str, Tensor]:
 
 
 def engines(state: State) -> dict[str, Any]:
-    """Make the engines in bf16 and compare each at full size with its float32 module."""
+    """Make the engines, denoiser and flow in bf16, and compare each at full size with its float32 module."""
     found: dict[str, Any] = {}
     for name in ("encoder", "denoiser", "flow"):
         stage = make_stage(name, state.size, state.device)
@@ -349,7 +350,16 @@ def _engine_checks(state: State, name: str, stage: nn.Module) -> dict[str, Any]:
         lengths = sorted({min(751, state.size.n_frames), state.size.n_frames})
         cases = {n: denoiser_inputs(state, n, max(1, n // 4)) for n in lengths}
         return {f"T{n}": _compare(state, stage, inputs, f"denoiser, bf16, T = {n}") for n, inputs in cases.items()}
-    return {} if name == "encoder" else _compare(state, stage, flow_inputs(state), "flow, bf16")
+    if name == "flow":
+        return _compare(state, stage, flow_inputs(state), "flow, bf16")
+    rng = torch.Generator(state.device).manual_seed(3)
+    shape = (1, 2, state.size.geometry.encode_window_samples)
+    audio = 0.1 * torch.randn(shape, device=state.device, generator=rng)
+    with exact_float32(), torch.no_grad():
+        expected = stage(audio=audio)
+    codes = state.engines["encoder"].run_device(audio=audio)["codes"]
+    differing = (codes != expected).float().mean().item()
+    return state.check("encoder, fp32, share of differing codes", differing, CODE_MISMATCH_TOLERANCE)
 
 
 def _compare(state: State, stage: nn.Module, inputs: dict[str, Tensor], what: str) -> dict[str, float | bool]:

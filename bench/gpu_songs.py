@@ -291,7 +291,7 @@ def package(state: State) -> dict[str, Any]:
     return {"build_s": built_s, "proof": description["proof"], "step": seconds | rate, "outputs": list(OUTPUTS["flow"])}
 
 
-#: In order of running. What is essential keeps its time when something before it is slow (gpu_check.Clock).
+#: In order of running. What is essential keeps its time when something before it is slow (gpu_check._limit).
 SECTIONS = [
     Section("ceilings", 10, gpu_sections.ceilings),
     Section("kernels", 30, gpu_sections.kernels),

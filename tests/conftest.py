@@ -80,5 +80,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-    if "slow" not in (config.getoption("-m") or ""):
-        items[:] = [item for item in items if "slow" not in item.keywords]

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from lada_rt.audio import check_output_path, load_audio, mix_vocal, to_pcm16, wav_header, write_audio
+from lada_rt.audio import (
+    AudioWriter,
+    check_output_path,
+    check_target,
+    load_audio,
+    mix_vocal,
+    to_pcm16,
+    wav_header,
+    write_audio,
+)
 from lada_rt.errors import AudioError, ParamError
 from stubs import sung
 
@@ -75,6 +87,8 @@ def test_segment(tmp_path: Path) -> None:
         ({"start_s": float("nan")}, ParamError, "start"),
         ({"end_s": float("inf")}, ParamError, "end"),
         ({"start_s": "1"}, ParamError, "start"),
+        ({"start_s": 1e305}, ParamError, "start"),
+        ({"end_s": 10**400}, ParamError, "end"),
         ({"max_seconds": 2.0}, AudioError, "at most 2 s"),
         ({"start_s": 2.9999999, "end_s": 2.99999995}, AudioError, "no sample"),
     ],
@@ -103,6 +117,10 @@ def test_bad_files(tmp_path: Path) -> None:
         (zero, "zero samples"),
         (short, "at least 0.1 s"),
         (truncated, "cannot read it|truncated"),
+        (write(tmp_path / "bare.raw", sung(4800), subtype="PCM_16"), "cannot read it"),
+        (write(tmp_path / "slow.wav", sung(480), 999), "sample rate from 1000"),
+        (tmp_path / ("long" * 100), "no such file"),
+        (tmp_path / "a\0b.wav", "no such file"),
     ]:
         with pytest.raises(AudioError, match=words) as caught:
             load_audio(path, 48_000)
@@ -118,6 +136,40 @@ def test_write_round_trip(tmp_path: Path, suffix: str, tolerance: float) -> None
     assert rate_hz == 48_000
     np.testing.assert_allclose(samples.T, stereo, atol=tolerance)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    for suffix in (".wav", ".flac"):
+        path = Path(os.fsdecode(odd + suffix.encode()))
+        try:
+            write_audio(path, np.zeros((2, 4800), np.float32), 48_000)
+        except ParamError as error:
+            pytest.skip(f"this file system takes UTF-8 alone: {error}")
+        assert load_audio(path, 48_000).samples.shape == (2, 4800)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_writers_side_by_side_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: write_audio(tmp_path / f"{i}.wav", np.zeros((2, 10)), 48_000), range(64)))
+    finally:
+        after = os.umask(before)
+    assert after == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    assert len(list(tmp_path.iterdir())) == 64
+
+
+def test_a_full_disk_behind_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdout:
+        buffer = FullDisk(None)
+
+    monkeypatch.setattr(sys, "stdout", Stdout)
+    with pytest.raises(ParamError, match="output: stdout: cannot be written"):
+        AudioWriter(None, 48_000).begin(10)
 
 
 def test_write_clips_instead_of_wrapping(tmp_path: Path) -> None:
@@ -210,6 +262,17 @@ def test_check_output_path(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ParamError, match=words):
             check_output_path(path, vocal)
+    report = tmp_path / "report.json"
+    report.symlink_to(tmp_path / "nothing")
+    for path, words in [
+        (vocal, "the input itself"),
+        (tmp_path, "cannot be written"),
+        (report, "cannot be written"),
+        (Path("/dev/null"), "cannot be written"),
+        (tmp_path / ("long" * 100) / "report.json", "no such folder"),
+    ]:
+        with pytest.raises(ParamError, match=f"--json: .*{words}"):
+            check_target(path, "--json", vocal)
 
 
 def test_wav_stream_has_a_true_header() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def test_a_trained_demo_needs_one_file(tmp_path: Path) -> None:
     tensors = {f"{name}.{key}": t.clone() for name, net in networks.items() for key, t in net.state_dict().items()}
     tensors["normfeat.counts"] = torch.full((1,), 1e6)
     weights = tmp_path / "trained.safetensors"
-    save_file(tensors, weights, {"preset": "toy", "seed": "2", "losses": "{}"})
+    save_file(tensors, weights, {"training": json.dumps({"preset": "toy", "seed": 2})})
     changes = {
         "geometry": sizes.geometry.to_json(),
         "vocab_size": sizes.predictor.n_codes,

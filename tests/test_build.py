@@ -161,9 +161,15 @@ def rebuilt(log: list[str]) -> set[str]:
 
 def test_an_unchanged_release_is_not_built_again(built: Built, tmp_path: Path) -> None:
     out = built.copy(tmp_path)
+    leftovers = [Path("graphs/flow.fp16.onnx"), Path("notes.txt"), Path("engines/flow.building/engine.plan")]
+    for leftover in leftovers:  # of a build that was killed
+        path = out.with_name(out.name + ".building") / "bundle" / leftover
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half of something")
     bundle, log = build(out, built.source())
     assert bundle is not None
     assert rebuilt(log) == set()
+    assert not [leftover for leftover in leftovers if (out / leftover).exists()]
     assert bundle.sha256 == Bundle.open(built.bundle).sha256
     assert (out / "manifest.json").read_bytes() == (built.bundle / "manifest.json").read_bytes()
     bundle.verify()

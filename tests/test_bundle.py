@@ -60,6 +60,8 @@ def test_missing(tmp_path: Path) -> None:
         (lambda m: m.update(vocab_size="many"), "incomplete"),
         (lambda m: m.update(trained="yes"), "true or false"),
         (lambda m: m.update(max_seconds=1e400), "incomplete"),
+        (lambda m: m["stages"]["flow"]["proof"].update(max_rel_error="0.1"), "error as a number"),
+        (lambda m: m["stages"]["flow"]["proof"].update(max_rel_error=10**400), "incomplete"),
     ],
 )
 def test_bad_manifests(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:

@@ -358,7 +358,7 @@ def engine_bundle(bundle: Bundle, folder: Path, arch: str) -> Bundle:
     package = folder / "denoiser.pt2"
     package.write_bytes(b"no package")
     key = EngineKey(
-        "denoiser", copied.stages["denoiser"].graph.sha256, "torch", version("torch"), arch, "fp32", {"T": (1, 2, 3)}
+        "denoiser", copied.stages["denoiser"].sha256, "torch", version("torch"), arch, "fp32", {"T": (1, 2, 3)}
     )
     part = {"name": "denoiser", "file": package.name, "sha256": "0" * 64, "bytes": 10, "outputs": ["logits"]}
     write_engine(copied.path / "engines", key, [package], {"max_rel_error": 0.0, "tolerance": 1.0}, {"parts": [part]})

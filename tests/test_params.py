@@ -26,6 +26,8 @@ from lada_rt import GenerationParams, ParamError
         ("temperature", 0.0),
         ("temperature", -1.0),
         ("temperature", math.inf),
+        ("temperature", 1e-40),  # its inverse is no float32
+        ("temperature", 10**400),
         ("mask_temperature", -0.1),
         ("guidance", math.nan),
         ("seed", -1),
@@ -38,6 +40,7 @@ from lada_rt import GenerationParams, ParamError
         ("schedule", ""),
         ("schedule", [0.5, 0.1]),
         ("schedule", 3),
+        ("schedule", [10**400] * 60),
         ("prefix_order", "text"),
     ],
 )
@@ -65,6 +68,7 @@ def test_unknown_option_is_an_error() -> None:
         {"seed": 2**64 - 1},
         {"mask_temperature": 0},
         {"strategy": "one_shot"},
+        {"strategy": "one_shot", "steps": 4, "schedule": [0]},
     ],
 )
 def test_good_values(options: dict) -> None:

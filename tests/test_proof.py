@@ -125,10 +125,6 @@ def test_large_weights_lie_beside_the_graph_in_the_same_bytes(
     assert relative_error(found["logits"], wanted) < 1e-5
 
 
-def test_conversion_dtypes_cover_the_precisions() -> None:
-    assert set(stage_graph.DTYPES) == set(stages.PRECISIONS)
-
-
 def test_encoder_proof_meets_many_codes(source: ReleaseSource) -> None:
     """A proof on which every frame has one code would prove nothing."""
     spec = stage_spec("encoder", source.module("encoder"), source.sizes)

@@ -232,6 +232,10 @@ def test_damaged_codes_files(pipe: Pipeline, tmp_path: Path) -> None:
         parts | {"codes": -1 - codes},
         parts | {"codes": np.array([object()] * 3)},
         parts | {"vocal_codes": parts["vocal_codes"][:-1]},
+        parts | {"vocal_codes": parts["vocal_codes"] + VOCAB},
+        parts | {"vocal_codes": -1 - parts["vocal_codes"]},
+        whole.replace(b"'fortran_order'", b"'fortran_order\\"),  # a header that is no Python
+        whole.replace(b"(1, ", b"(1( "),
         parts | {"prefix": np.zeros((3, 8), np.float32)},
         parts | {"prefix": np.zeros((1, 9), np.float32)},
         parts | {"prefix": np.full((1, 8), np.nan, np.float32)},
@@ -259,6 +263,8 @@ def test_damaged_codes_files(pipe: Pipeline, tmp_path: Path) -> None:
         with_meta(parts, flow_seed="1"),
         with_meta(parts, start_s="0"),
         with_meta(parts, end_s=[]),
+        with_meta(parts, start_s=10**400),
+        with_meta(parts, params={"temperature": 10**400}),
         with_meta(parts, long=1),
         with_meta(parts, vocal_sha256=None),
     ]

@@ -182,6 +182,7 @@ def test_sizes_survive_json() -> None:
     [
         [], {"unknown": {}}, {"flow": {"unknown": 1}}, {"flow": {"n_layers": "3"}}, {"flow": {"n_layers": True}},
         {"flow": {"n_layers": -1}}, {"flow": {"n_layers": 2**40}}, {"flow": {"n_layers": 1.5}}, {"flow": 3},
+        {"mask_predictor": {"n_heads": 0}}, {"mask_predictor": {"n_kv_heads": 0}}, {"clamp3_text": {"n_heads": 0}},
         {"mask_predictor": {"n_heads": 3}}, {"mask_predictor": {"rope_theta": "x"}}, {"vocoder": {"rates": []}},
         {"vocoder": {"dilations": [[1, 3], "x"]}}, {"mask_predictor": {"rtd_head": 1}},
         {"mask_predictor": {"rope_theta": float("inf")}},
@@ -251,6 +252,41 @@ def test_half_precision_checkpoints_are_widened(copy: Copy) -> None:
         again = copy.locate().mask_predictor().state_dict()
         assert all(again[name].dtype == torch.float32 for name in clean)
         assert all(torch.equal(again[name], clean[name].to(dtype).float()) for name in clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_no_floats_are_refused(copy: Copy, dtype: torch.dtype) -> None:
+    name = "model.lm.norm.weight"
+    copy.edit("", lambda t: t.update({name: t[name].to(dtype)}), "state_dict")
+    with pytest.raises(CheckpointError, match=r"lm\.norm\.weight \w+") as caught:
+        copy.locate().mask_predictor().build(mask_predictor.MaskPredictor)
+    assert "\n" not in str(caught.value)
+
+
+def test_double_precision_is_narrowed(copy: Copy) -> None:
+    name = "model.lm.norm.weight"
+    clean = copy.locate().mask_predictor().build(mask_predictor.MaskPredictor).state_dict()
+    copy.edit("", lambda t: t.update({name: t[name].double()}), "state_dict")
+    found = copy.locate().mask_predictor().build(mask_predictor.MaskPredictor).state_dict()
+    assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in clean.items())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hidden_size": 7_680_000_000_000_000}, {"num_hidden_layers": 1_000_000_000}, {"conv_dim": [1] * 1000},
+        {"num_attention_heads": 0}, {"hidden_size": "768"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_sizes_of_mert_are_refused(copy: Copy, bad: dict[str, Any]) -> None:
+    path = copy.path(MERT).with_name("config.json")
+    stated = json.loads(path.read_text()) | bad
+    path.unlink()
+    path.write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError) as caught:
+        copy.locate().mert()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

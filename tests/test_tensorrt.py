@@ -91,7 +91,7 @@ def test_a_plan_is_built_proven_and_run(bundle: Bundle, source: TrainedSource, s
     assert entry.proof["max_rel_error"] <= 1e-4
     assert entry.proof["method"] == "plan in TensorRT on the GPU"
     assert entry.key == EngineKey(
-        "denoiser", bundle.stages["denoiser"].graph.sha256, "tensorrt", VERSION, "sm_90", "fp32",
+        "denoiser", bundle.stages["denoiser"].sha256, "tensorrt", VERSION, "sm_90", "fp32",
         {"T": (1, 751, 9001), "P": (0, 2, 2), "R": (1, 751, 9001)},
     )  # fmt: skip
     assert list_engines(bundle) == [entry]
@@ -163,9 +163,7 @@ def test_the_main_path_runs_on_plans(bundle: Bundle, standin: Path) -> None:
         plan = bundle.path / "engine.plan"
         graph = bundle.file_path(bundle.stages[stage].graph)
         plan.write_text(json.dumps({"graph": str(graph), "shapes": shapes}))
-        key = EngineKey(
-            stage, bundle.stages[stage].graph.sha256, "tensorrt", VERSION, "sm_90", "fp32", {"T": (1, 2, 3)}
-        )
+        key = EngineKey(stage, bundle.stages[stage].sha256, "tensorrt", VERSION, "sm_90", "fp32", {"T": (1, 2, 3)})
         write_engine(bundle.path / "engines", key, [plan], {"max_rel_error": 0.0, "tolerance": 1.0})
     params = GenerationParams(steps=3, flow_steps=1, guidance=1.0)
     vocal = (sung(48_000), 48_000)
@@ -201,6 +199,22 @@ def test_compatible_engines_ask_for_it_and_say_so(bundle: Bundle, source: Traine
     assert (entry.key.arch, entry.key.any_later_version) == ("sm_80+", True)
     for version, arch, fits in [(VERSION, "sm_80", True), ("11.5.0.1", "sm_120", True), ("11.3.0.1", "sm_90", False)]:
         assert (misfit(entry, bundle, Machine(version, arch)) is None) == fits, (version, arch)
+
+
+def test_an_engine_less_compatible_than_asked_is_not_enough(
+    bundle: Bundle, source: TrainedSource, standin: Path
+) -> None:
+    log: list[str] = []
+    plain = build_engine(job(bundle, source, "text_encoder", log))
+    both = frozenset({"later-versions", "ampere-plus"})
+    wide = build_engine(job(bundle, source, "text_encoder", log, compatibility=both))
+    assert wide.key != plain.key
+    assert build_engine(job(bundle, source, "text_encoder", log, compatibility=both)) == wide
+    assert build_engine(job(bundle, source, "text_encoder", log)) == plain
+    assert [line for line in log if "up to date" in line] == ["text_encoder: tensorrt engine up to date"] * 2
+    # the one for this very machine is the faster one
+    assert find_engine(bundle, "text_encoder", "tensorrt", HERE) == plain
+    assert find_engine(bundle, "text_encoder", "tensorrt", Machine(VERSION, "sm_120")) == wide
 
 
 def test_timings_are_kept_and_those_of_another_release_dropped(
@@ -254,9 +268,7 @@ def test_without_a_gpu_or_the_package_nothing_is_started(monkeypatch: pytest.Mon
 
 def entry_for(bundle: Bundle, stage: str = "denoiser", **changes: object) -> EngineEntry:
     """An engine of random bytes, filed under a key."""
-    key = EngineKey(
-        stage, bundle.stages[stage].graph.sha256, "tensorrt", VERSION, "sm_90", "fp32", {"T": (1, 751, 9001)}
-    )
+    key = EngineKey(stage, bundle.stages[stage].sha256, "tensorrt", VERSION, "sm_90", "fp32", {"T": (1, 751, 9001)})
     plan = bundle.path / "engine.plan"
     plan.write_bytes(os.urandom(64))
     return write_engine(
@@ -272,11 +284,11 @@ HERE = Machine(VERSION, "sm_90")
 
 def test_the_folder_names_everything_an_engine_depends_on(bundle: Bundle) -> None:
     entry = entry_for(bundle)
-    graph = bundle.stages["denoiser"].graph.sha256[:12]
+    graph = bundle.stages["denoiser"].sha256[:12]
     assert re.fullmatch(rf"denoiser-{graph}-tensorrt-11\.4\.0\.106-sm_90-fp32-[0-9a-f]{{8}}", entry.folder.name)
     names = {entry.folder.name}
     for change in (
-        {"stage": "flow"}, {"graph_sha256": "0" * 64}, {"backend": "torch"}, {"backend_version": "11.4"},
+        {"stage": "flow"}, {"network_sha256": "0" * 64}, {"backend": "torch"}, {"backend_version": "11.4"},
         {"arch": "sm_100"}, {"arch": "sm_90+"}, {"precision": "bf16"}, {"profile": {"T": (1, 750, 9001)}},
         {"any_later_version": True},
     ):  # fmt: skip
@@ -288,8 +300,8 @@ def test_the_folder_names_everything_an_engine_depends_on(bundle: Bundle) -> Non
     ("changes", "machine", "says"),
     [
         ({}, HERE, None),
-        ({"graph_sha256": "0" * 64}, HERE, "another graph"),
-        ({"precision": "bf16"}, HERE, "another graph"),
+        ({"network_sha256": "0" * 64}, HERE, "another network"),
+        ({"precision": "bf16"}, HERE, "another network"),
         ({"backend_version": "10.16.1.11"}, HERE, "was built by tensorrt 10.16.1.11, this is 11.4.0.106"),
         ({"backend_version": "10.16.1.11", "any_later_version": True}, HERE, None),
         ({"backend_version": "11.10.0.1", "any_later_version": True}, HERE, "was built by tensorrt 11.10.0.1"),
@@ -316,6 +328,18 @@ def test_stale_and_foreign_engines_are_refused(
         find_engine(bundle, "denoiser", "tensorrt", machine)
 
 
+def test_an_engine_of_other_weights_is_refused(bundle: Bundle) -> None:
+    """Two checkpoints of one size have the same graph where all weights lie beside it."""
+    flow = bundle.stages["flow"]
+    entry = entry_for(bundle, stage="flow", network_sha256=flow.sha256)
+    assert misfit(entry, bundle, HERE) is None
+    assert flow.external_data
+    other = replace(flow, external_data=(replace(flow.external_data[0], sha256="0" * 64), *flow.external_data[1:]))
+    assert other.graph == flow.graph
+    retrained = replace(bundle, stages={**bundle.stages, "flow": other})
+    assert "another network" in str(misfit(entry, retrained, HERE))
+
+
 def test_an_altered_engine_is_refused(bundle: Bundle) -> None:
     entry = entry_for(bundle)
     (entry.folder / "engine.plan").write_bytes(b"something else")
@@ -325,7 +349,9 @@ def test_an_altered_engine_is_refused(bundle: Bundle) -> None:
 
 def test_what_is_no_engine_is_left_out(bundle: Bundle) -> None:
     entry = entry_for(bundle)
-    for name, text in {"a": "{", "b": "[]", "c": "{}", "d": (entry.folder / "engine.json").read_text()}.items():
+    good = (entry.folder / "engine.json").read_text()
+    endless = re.sub(r'"bytes": \d+', '"bytes": Infinity', good)
+    for name, text in {"a": "{", "b": "[]", "c": "{}", "d": good, entry.folder.name + "x": endless}.items():
         (bundle.path / "engines" / name).mkdir()
         (bundle.path / "engines" / name / "engine.json").write_text(text)
     assert list_engines(bundle) == [entry]

@@ -244,7 +244,7 @@ def test_package_builds_proves_and_drives_the_loop(tmp_path: Path, monkeypatch: 
     )
     key = EngineKey(
         "denoiser",
-        bundle.stages["denoiser"].graph.sha256,
+        bundle.stages["denoiser"].sha256,
         "torch",
         version("torch"),
         description["device_key"],

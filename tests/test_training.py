@@ -50,7 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(trained: Path) -> Path:
-    return collect_weights(TOY, trained, SEED)
+    path = collect_weights(TOY, trained, SEED)
+    before = path.read_bytes()
+    assert collect_weights(TOY, trained, SEED).read_bytes() == before
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +227,7 @@ def test_masked_loss_of_a_net_that_knows_nothing() -> None:
     assert found.detection.item() == pytest.approx(math.log(2), rel=1e-5)
     assert 0 <= found.right.item() < 0.2
     assert found.hidden.shape == (4, 50, 16)
+    assert masked_loss(net, vocal, codes, torch.zeros(4, 2, 8), 0).detection.item() == 0
 
 
 def test_frames_are_labelled_with_their_chord_and_sixteenth() -> None:
@@ -257,6 +261,13 @@ def test_crops_grow_and_wrong_folders_are_refused(trained: Path, tmp_path: Path)
         shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("latents.npy", "codes.npy", "predictor"))
         with pytest.raises(ExportError, match=f"run --stage {needed} first"):
             runner.run_stage(TOY, loop.RunOptions(folder, SEED), stage)
+    folder = tmp_path / "restyled"
+    shutil.copytree(trained, folder)
+    style = torch.load(folder / "style.pt", weights_only=True)
+    style["modules"]["read.bias"] += 1
+    torch.save(style, folder / "style.pt")
+    with pytest.raises(ExportError, match="encoded by another codec or style"):
+        runner.run_stage(TOY, loop.RunOptions(folder, SEED), "predictor")
     folder = _copy(trained, tmp_path / "short", "codec")
     assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=1), "codec")
     with pytest.raises(ExportError, match="resume it first"):

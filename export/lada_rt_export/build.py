@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.metadata
 import io
 import json
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +23,9 @@ from typing import Any, Final
 
 import lada_rt
 import numpy as np
-import onnx
 import torch
 from lada_rt.bundle import FORMAT_NAME, FORMAT_VERSION, STAGES, Bundle, FileEntry, StageEntry, file_sha256
-from lada_rt.engines.cache import list_engines
+from lada_rt.engines.cache import EngineEntry, list_engines
 from lada_rt.errors import BundleError, ExportError, ParamError
 
 from lada_rt_export.bundle_source import BundleHeader, BundleSource
@@ -38,6 +39,8 @@ __all__ = ["BuildOptions", "build_bundle"]
 
 #: bump when exporter, stage modules or proof change in a way that a version number of lada-rt does not show
 EXPORTER_REVISION: Final = 3
+#: distributions that write a graph, beside torch
+_EXPORTERS: Final = ("onnx", "onnxscript", "onnx_ir")
 #: interpreter, torch, exporter
 _PROCESS_BYTES: Final = 1 << 30
 #: exporting has a cost that does not grow with the weights
@@ -168,7 +171,12 @@ class _Build:
             "facts": self.source.facts(name),
             "precision": self.precisions[name],
             "opset": OPSET,
-            "versions": [lada_rt.__version__, torch.__version__, onnx.__version__, EXPORTER_REVISION],
+            "versions": [
+                lada_rt.__version__,
+                torch.__version__,
+                *map(importlib.metadata.version, _EXPORTERS),
+                EXPORTER_REVISION,
+            ],
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
@@ -227,22 +235,41 @@ class _Build:
                 )
             )
             gc.collect()
+        self._clear_leftovers(bundle)
         self.work.publish(self.out)
         return Bundle.open(self.out)
 
+    def _clear_leftovers(self, bundle: Bundle) -> None:
+        """Remove what interrupted builds left in the folder: files that the manifest does not name, engines that are
+        half built or of another network."""
+        named = {file.path for file in bundle.all_files()} | {"manifest.json"}
+        for path in [p for p in bundle.path.rglob("*") if p.is_file()]:
+            inside = path.relative_to(bundle.path)
+            if inside.parts[0] != "engines" and inside.as_posix() not in named:
+                path.unlink()
+        current = {engine.folder for engine in list_engines(bundle) if _is_current(engine, bundle)}
+        for folder in (bundle.path / "engines").glob("*"):
+            if folder.is_dir() and folder not in current:
+                shutil.rmtree(folder)
+
     def _keep_engines(self, bundle: Bundle) -> None:
-        """Engines of the old bundle whose graph has not changed move over: building them took hours."""
+        """Engines of the old bundle whose network has not changed move over: building them took hours."""
         if self.old is None:
             return
         for timings in (self.old.path / "engines").glob("timings-*.cache"):
             take(timings, bundle.path / "engines" / timings.name)
         for engine in list_engines(self.old):
-            stage = bundle.stages.get(engine.key.stage)
-            if stage is not None and stage.graph.sha256 == engine.key.graph_sha256:
+            if _is_current(engine, bundle):
                 target = bundle.path / "engines" / engine.folder.name
                 for file in engine.folder.iterdir():
                     if file.is_file():
                         take(file, target / file.name)
+
+
+def _is_current(engine: EngineEntry, bundle: Bundle) -> bool:
+    """Whether an engine was built from the bundle's own network."""
+    stage = bundle.stages.get(engine.key.stage)
+    return stage is not None and stage.sha256 == engine.key.network_sha256
 
 
 def _old_bundle(out: Path) -> Bundle | None:

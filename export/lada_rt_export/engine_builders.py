@@ -110,7 +110,7 @@ def check_backend(backend: str, device: str = "auto") -> None:
 
 
 def build_engine(job: EngineJob) -> EngineEntry:
-    """Build, prove and file one engine; one that is there already and fits is kept.
+    """Build, prove and file one engine; one that is there already, fits and is as compatible as asked is kept.
 
     Raises:
         EngineError: the backend failed.
@@ -118,9 +118,12 @@ def build_engine(job: EngineJob) -> EngineEntry:
     """
     machine = this_machine(job.backend, job.device)
     for entry in list_engines(job.bundle):
-        if (entry.key.stage, entry.key.backend) == (job.stage, job.backend) and misfit(
-            entry, job.bundle, machine
-        ) is None:
+        key = entry.key
+        runs_on_more = {"later-versions": key.any_later_version, "ampere-plus": key.arch.endswith("+")}
+        as_asked = (key.stage, key.backend) == (job.stage, job.backend) and job.compatibility == {
+            name for name, it_does in runs_on_more.items() if it_does
+        }
+        if as_asked and misfit(entry, job.bundle, machine) is None:
             job.log(f"{job.stage}: {job.backend} engine up to date")
             return entry
     builder: _Builder = importlib.import_module(BUILDERS[job.backend][0])

@@ -38,6 +38,7 @@ __all__ = ["Network", "Release", "shapes_of"]
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
+_FLOATS: Final = ("bfloat16", "float16", "float32", "float64")
 _POS_CONV: Final = "encoder.pos_conv_embed.conv."
 
 
@@ -71,11 +72,23 @@ class Network(Generic[C]):
             make: the module class.
 
         Raises:
-            CheckpointError: a tensor's data is damaged.
+            CheckpointError: a tensor's data is damaged, or a weight is no floating-point number.
         """
         with _NoInit():
             module = make(self.config)
-        module.load_state_dict(self.state_dict(), strict=True, assign=True)
+        whole = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+        wrong = [
+            f"{name} {tensor.dtype}"
+            for name, tensor in self.tensors.items()
+            if (tensor.dtype not in _FLOATS) != (name in whole)
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.source}: expected weights as floating-point numbers, got {', '.join(wrong)}; "
+                "check that this is the released file"
+            )
+        tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in self.state_dict().items()}
+        module.load_state_dict(tensors, strict=True, assign=True)
         return module.eval().requires_grad_(False)
 
 

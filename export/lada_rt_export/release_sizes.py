@@ -100,6 +100,8 @@ def _config(make: Callable[..., T], values: Any, source: str) -> T:
         return make(**taken)
     except ParamError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    except ZeroDivisionError as error:
+        raise CheckpointError(f"{source}: expected no zero among sizes that divide others; correct them") from error
 
 
 def _like(template: Any, value: Any, source: str) -> Any:

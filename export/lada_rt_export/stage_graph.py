@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import torch
 from lada_rt.bundle import FileEntry, StageEntry, file_sha256
 from lada_rt.engines.base import Engine
 from lada_rt.engines.onnxruntime import OnnxEngine, cuda_available
@@ -18,12 +17,10 @@ from lada_rt.errors import ExportError
 from lada_rt_export.cpu_graph import CPU_STAGES, write_cpu_graph
 from lada_rt_export.onnx_check import check_graph
 from lada_rt_export.proof import ModuleEngine, Reference, prove, reference
-from lada_rt_export.stages import StageSpec
+from lada_rt_export.stages import DTYPES, StageSpec
 from lada_rt_export.to_onnx import EXTERNAL_DATA_BYTES, write_graph
 
 __all__ = ["GraphJob", "build_graph"]
-
-DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)

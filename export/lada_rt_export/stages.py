@@ -17,6 +17,7 @@ from lada_rt.geometry import CodecGeometry
 from torch import Tensor, nn
 
 __all__ = [
+    "DTYPES",
     "PRECISIONS",
     "TOLERANCES",
     "ProofCase",
@@ -26,7 +27,8 @@ __all__ = [
     "stage_spec",
 ]
 
-PRECISIONS: Final = ("fp32", "fp16", "bf16")
+DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS: Final = tuple(DTYPES)
 #: stage -> the precisions it may have. The encoder's codes flip with rounding, and its power spectrum spans 15 decades
 #: (spec/mucodec 9, 11.1). Text and reference encoder run once per song, in float32 in the release (spec/clamp3 6).
 ALLOWED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -126,18 +128,9 @@ class StageSpec:
         heard = self.name in ("mel_decoder", "vocoder")
         return min(TOLERANCES[self.precision], SOUND_TOLERANCE) if heard else TOLERANCES[self.precision]
 
-    @property
-    def weight_bytes(self) -> int:
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def cases(self) -> list[ProofCase]:
         """The proof's inputs, the same at every call."""
         return self.draw_cases(torch.Generator().manual_seed(PROOF_SEED))
-
-    def proof_inputs(self, rng: torch.Generator) -> list[dict[str, Tensor]]:
-        """Fresh inputs at the proof's sizes."""
-        return [case.inputs for case in self.draw_cases(rng)]
 
     def input_entries(self) -> tuple[TensorEntry, ...]:
         """Names, dtypes and shapes for the manifest."""

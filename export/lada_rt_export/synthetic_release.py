@@ -24,6 +24,7 @@ from typing import Any, Final
 from lada_rt.errors import ExportError, LadaError, ParamError
 
 from lada_rt_export.release_files import CLAMP3_FILE, HUB_FOLDERS
+from lada_rt_export.release_modules import SYNTHETIC_CHECKPOINT
 from lada_rt_export.release_sizes import SIZES_FILE
 from lada_rt_export.synthetic_tables import (
     SCALES,
@@ -42,7 +43,6 @@ from lada_rt_export.synthetic_writer import PlannedTensor, write_torch_zip
 
 __all__ = ["SyntheticRelease", "main", "write_synthetic_release"]
 
-_CHECKPOINT_FILE: Final = "lada_band_synthetic.ckpt"
 _CONFIG_MODULE: Final = "synthetic_training_config"
 
 
@@ -103,7 +103,7 @@ def write_synthetic_release(
         sizes_path.unlink(missing_ok=True)
     else:
         _write_json(sizes_path, sizes.sizes.to_json())
-    return SyntheticRelease(folder / _CHECKPOINT_FILE, root, n_bytes)
+    return SyntheticRelease(folder / SYNTHETIC_CHECKPOINT, root, n_bytes)
 
 
 def _torch_files(sizes: SyntheticSizes, seed: int) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _torch_files(sizes: SyntheticSizes, seed: int) -> dict[str, Any]:
         "modality": "saas",
     }
     return {
-        _CHECKPOINT_FILE: lightning,
+        SYNTHETIC_CHECKPOINT: lightning,
         "pretrained/mucodec/mucodec.pt": plan(mucodec_table(s)),
         "pretrained/mucodec/muq.pt": fairseq,
         "pretrained/mucodec/audioldm_48k.pth": {"state_dict": plan(audioldm_table(s) | diffusion)},

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lada_rt_export.proof import prove, reference
 from lada_rt_export.stages import StageSpec
 from lada_rt_export.torch_stages import StagePart, stage_parts
+from lada_rt_export.tracing import quiet, widened
 from lada_rt_export.workspace import available_memory
 
 __all__ = ["ATTENTION", "build_engine"]
@@ -130,10 +128,10 @@ def _axes(spec: StageSpec, part: StagePart) -> dict[str, Mapping[int, str]]:
 def _compile(part: StagePart, example: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]], path: Path) -> None:
     order = [name for name in inspect.signature(part.module.forward).parameters if name in example]
     # A batch of one would be taken for a constant.
-    inputs = {name: _widen(example[name], axes.get(name, {})) for name in order}
+    inputs = {name: widened(example[name], axes.get(name, {})) for name in order}
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in order}
     try:
-        with _quiet(), torch.no_grad(), sdpa_kernel(list(ATTENTION), set_priority=True):
+        with quiet(), torch.no_grad(), sdpa_kernel(list(ATTENTION), set_priority=True):
             program = torch.export.export(part.module, (), kwargs=inputs, dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:
@@ -142,19 +140,3 @@ def _compile(part: StagePart, example: Mapping[str, Tensor], axes: Mapping[str, 
             f"{part.name}: torch {torch.__version__} cannot compile it ({' '.join(str(error).split())[:300]}); "
             "use another backend for this stage"
         ) from error
-
-
-def _widen(tensor: Tensor, dims: Mapping[int, str]) -> Tensor:
-    return torch.cat([tensor, tensor]) if dims.get(0) == "B" and tensor.shape[0] == 1 else tensor
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -6,11 +6,7 @@ module's, and large ones are written out one after another.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 
 from lada_rt_export.stages import StageSpec
 from lada_rt_export.stored_halves import store_halves
+from lada_rt_export.tracing import quiet, widened
 
 __all__ = ["EXTERNAL_DATA_BYTES", "OPSET", "write_graph"]
 
@@ -65,12 +62,12 @@ def write_graph(
     axes = {axis: torch.export.Dim.DYNAMIC for dims in spec.dynamic.values() for axis in dims.values()}
     shapes = {name: {d: axes[a] for d, a in spec.dynamic.get(name, {}).items()} for name in example}
     # A batch of one would be taken for a constant.
-    widened = {name: _widen(tensor, spec.dynamic.get(name, {})) for name, tensor in example.items()}
+    inputs = {name: widened(tensor, spec.dynamic.get(name, {})) for name, tensor in example.items()}
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module,
-                kwargs=widened,
+                kwargs=inputs,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(example),
@@ -101,12 +98,6 @@ def write_graph(
             f"{target}: cannot be written ({error.strerror}); free some space or choose another --out"
         ) from error
     return [target] if data is None else [target, data]
-
-
-def _widen(tensor: Tensor, dims: Mapping[int, str]) -> Tensor:
-    if dims.get(0) == "B" and tensor.shape[0] == 1:
-        return torch.cat([tensor, tensor])
-    return tensor
 
 
 def _externalise(model: Any, target: Path, inline_bytes: int) -> Path | None:
@@ -172,16 +163,3 @@ def _name_axes(model: onnx.ModelProto, spec: StageSpec) -> None:
         for dim, size in enumerate(spec.output_shapes[value.name]):
             if isinstance(size, str):
                 value.type.tensor_type.shape.dim[dim].dim_param = size
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warnings about itself."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -71,7 +71,7 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
     proof = prove(spec, expected, _Answers(expected, cases), "plan in TensorRT on the GPU", job.log)
     key = EngineKey(
         stage=job.stage,
-        graph_sha256=stage.graph.sha256,
+        network_sha256=stage.sha256,
         backend="tensorrt",
         backend_version=machine.backend_version,
         arch="sm_80+" if hardware == "ampere_plus" else machine.arch,

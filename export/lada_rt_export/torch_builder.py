@@ -32,7 +32,7 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
     assert version is not None
     key = EngineKey(
         stage=job.stage,
-        graph_sha256=stage.graph.sha256,
+        network_sha256=stage.sha256,
         backend="torch",
         backend_version=version,
         arch=description["device_key"],

@@ -1,4 +1,4 @@
-"""Run a torch module through the runtime's engine interface, for tests and for proving other engines."""
+"""Run a torch module through the runtime's engine interface, to compare engines with it."""
 
 from __future__ import annotations
 

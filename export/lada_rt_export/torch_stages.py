@@ -14,10 +14,9 @@ from lada_rt_export.models.channels_last import ChannelsLastMelDecoder, Channels
 from lada_rt_export.models.flow_step import PREPARE_OUTPUTS, STEP_OUTPUTS, split_flow
 from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.models.stages_mucodec import FlowStage, MelDecoderStage, VocoderStage
+from lada_rt_export.stages import DTYPES
 
-__all__ = ["DTYPES", "StagePart", "compile_blocks", "part_engine", "stage_parts"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["StagePart", "compile_blocks", "part_engine", "stage_parts"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Workspace:
         """Take a stage's files from an older bundle in `folder`. False if they are not what its manifest says."""
         if not self._intact(entry.files, folder):
             return False
+        self.forget(stage=entry.name)
         for file in entry.files:
             take(folder / file.path, self.bundle / file.path)
         self.finish(entry, key)

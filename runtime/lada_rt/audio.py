@@ -10,9 +10,9 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lada_rt.errors import AudioError, ParamError
+from lada_rt.params import check_seconds
 
 __all__ = [
     "OUTPUT_FORMATS",
@@ -29,6 +30,7 @@ __all__ = [
     "AudioWriter",
     "LoadedAudio",
     "check_output_path",
+    "check_target",
     "load_audio",
     "mix_vocal",
     "to_pcm16",
@@ -161,8 +163,7 @@ def _check_segment(start_s: Any, end_s: Any) -> None:
     for name, value in (("start", start_s), ("end", end_s)):
         if value is None and name == "end":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ParamError(f"{name}: expected seconds from 0, got {value!r}")
+        check_seconds(name, value)
     if end_s is not None and end_s <= start_s:
         raise ParamError(f"end: expected more than start ({start_s:g} s), got {end_s:g} s")
 
@@ -198,16 +199,13 @@ def _open_file(
 ) -> _Segment:
     import soundfile
 
-    path = Path(path)
-    try:
-        found = path.is_file()
-    except ValueError:  # a NUL in the name
-        found = False
-    if not found:
+    # not Path.is_file, which raises where a name is too long or a folder is closed to us
+    if not os.path.isfile(path):
         raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
 
     def refuse(error: Exception) -> AudioError:
-        detail = " ".join(str(error).split()).rstrip(".")
+        # libsndfile's own message without the name, which is there already
+        detail = " ".join(str(getattr(error, "error_string", error)).split()).rstrip(".")
         return AudioError(f"{what}: {path}: expected a WAV, FLAC, OGG or MP3 file, cannot read it ({detail[-120:]})")
 
     def blocks() -> Iterator[np.ndarray]:
@@ -222,9 +220,14 @@ def _open_file(
             raise refuse(error) from None
 
     try:
-        file = files.enter_context(soundfile.SoundFile(path))
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        file = files.enter_context(soundfile.SoundFile(_native(path)))
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
         raise refuse(error) from None
+    if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
+        raise AudioError(
+            f"{what}: {path}: expected a sample rate from {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz, got {file.samplerate} Hz; "
+            "convert the file"
+        )
     if 0 < file.frames / file.samplerate < MIN_FILE_SECONDS:
         raise AudioError(
             f"{what}: {path}: expected at least {MIN_FILE_SECONDS:g} s of audio, got "
@@ -278,8 +281,13 @@ def mix_vocal(accompaniment: np.ndarray, vocal: np.ndarray) -> np.ndarray:
     return accompaniment[:, :n] + vocal[:, :n].mean(axis=0, dtype=np.float32)
 
 
+def _native(path: str | os.PathLike[str]) -> Any:
+    """A path as libsndfile takes it: as bytes, since a name need not be UTF-8; but for Windows, where it is text."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
+
+
 def check_output_path(path: Path, vocal: AudioInput) -> None:
-    """Refuse an output that cannot be written before any work is done.
+    """Refuse an audio file that cannot be written before any work is done.
 
     Raises:
         ParamError: unknown suffix, no such folder, not writable, or the output is the input.
@@ -288,12 +296,30 @@ def check_output_path(path: Path, vocal: AudioInput) -> None:
         raise ParamError(
             f"output: expected a name ending in {', '.join(OUTPUT_FORMATS)}, or - for WAV on stdout, got {path}"
         )
-    if not path.parent.is_dir():
-        raise ParamError(f"output: {path.parent}: no such folder; make it first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ParamError(f"output: {path}: cannot be written; choose another place")
-    if not isinstance(vocal, tuple) and path.exists() and Path(vocal).exists() and path.samefile(vocal):
-        raise ParamError(f"output: {path} is the input itself; choose another name")
+    check_target(path, "output", vocal)
+
+
+def check_target(path: Path, what: str, vocal: AudioInput | None = None) -> None:
+    """Refuse a file of any kind that cannot be written before any work is done.
+
+    Args:
+        path: to write; a regular file there is replaced.
+        what: name used in messages.
+        vocal: the input, which must not be replaced.
+
+    Raises:
+        ParamError: no such folder, not writable, something other than a file is there, or the output is the input.
+    """
+    # os.path, as the methods of Path raise where a name is too long or a folder is closed to us
+    folder = path.parent
+    if not os.path.isdir(folder):
+        raise ParamError(f"{what}: {folder}: no such folder; make it first")
+    there = os.path.lexists(path)
+    regular = os.path.isfile(path) and os.access(path, os.W_OK)
+    if not os.access(folder, os.W_OK | os.X_OK) or (there and not regular):
+        raise ParamError(f"{what}: {path}: cannot be written; choose another place")
+    if there and isinstance(vocal, str | os.PathLike) and os.path.exists(vocal) and path.samefile(vocal):
+        raise ParamError(f"{what}: {path} is the input itself; choose another name")
 
 
 @contextlib.contextmanager
@@ -303,17 +329,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         ParamError: the file system refuses the write (no space, no permission).
     """
+    temporary = path.with_name(f".lada-rt-{secrets.token_hex(8)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        # not tempfile, whose files are the owner's alone: the umask decides, as for any file
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise ParamError(f"output: {path}: cannot be written ({error.strerror}); choose another place") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -363,7 +386,7 @@ class AudioWriter:
                     container, subtype = OUTPUT_FORMATS[self._path.suffix.lower()]
                     self._encoded = self._stack.enter_context(
                         soundfile.SoundFile(
-                            self._temporary, "w", self._rate_hz, self._n_channels, subtype, format=container
+                            _native(self._temporary), "w", self._rate_hz, self._n_channels, subtype, format=container
                         )
                     )
             if self._bytes is not None:
@@ -402,15 +425,14 @@ class AudioWriter:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        if self._path is None:
-            yield
-            return
         import soundfile
 
         try:
             yield
+        except BrokenPipeError:  # nobody reads stdout: for the caller to end quietly
+            raise
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise _cannot_write(self._path, error) from None
+            raise _cannot_write(self._path or "stdout", error) from None
 
 
 def write_audio(path: Path, samples: np.ndarray, rate_hz: int) -> None:
@@ -424,7 +446,7 @@ def write_audio(path: Path, samples: np.ndarray, rate_hz: int) -> None:
         writer.write(samples)
 
 
-def _cannot_write(path: Path, error: BaseException) -> ParamError:
+def _cannot_write(path: Path | str, error: BaseException) -> ParamError:
     reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
     return ParamError(f"output: {path}: cannot be written ({reason}); free some space or choose another place")
 
@@ -433,7 +455,7 @@ def _check_complete(path: Path, n_samples: int) -> None:
     """libsndfile does not report a full disk when it flushes on close, so count what arrived."""
     import soundfile
 
-    found = soundfile.info(path).frames
+    found = soundfile.info(_native(path)).frames
     if found != n_samples:
         raise OSError(28, f"only {found} of {n_samples} samples could be written")
 

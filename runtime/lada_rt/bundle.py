@@ -9,14 +9,20 @@ Layout (design, "The public surface"):
     constants.npz       small arrays the runtime itself needs (latent mean and deviation)
     engines/<key>/      compiled engines, rebuilt when stale; not part of the bundle's hash
 
-A bundle is untrusted: paths may not leave its folder, and every byte is checked against the manifest before use.
+A bundle is untrusted: paths may not leave its folder, and every byte of graphs and files is checked against the
+manifest before use. Not so engines/, which no manifest names: they are native code, built for one machine, and a bundle
+from elsewhere should come without them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -28,6 +34,7 @@ from lada_rt.errors import BundleError
 from lada_rt.geometry import CodecGeometry
 
 __all__ = [
+    "DAMAGED_ARRAYS",
     "FORMAT_VERSION",
     "STAGES",
     "Bundle",
@@ -36,6 +43,7 @@ __all__ = [
     "TensorEntry",
     "demo_bundle_path",
     "file_sha256",
+    "parse_proof",
     "parse_stage",
 ]
 
@@ -43,6 +51,21 @@ FORMAT_NAME = "lada-rt bundle"
 FORMAT_VERSION = 1
 STAGES = ("encoder", "text_encoder", "ref_encoder", "denoiser", "flow", "mel_decoder", "vocoder")
 MANIFEST_LIMIT_BYTES = 16 << 20
+#: what numpy and zipfile raise on .npy and .npz files that are damaged, forged or something else
+DAMAGED_ARRAYS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 
 
@@ -93,6 +116,11 @@ class StageEntry:
     @property
     def bytes(self) -> int:
         return sum(f.bytes for f in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of the network: the graph's and its external data's, since no large weight need lie in the graph itself."""
+        return hashlib.sha256("".join(f.sha256 for f in (self.graph, *self.external_data)).encode()).hexdigest()
 
     def input_shape(self, name: str) -> tuple[int | str, ...]:
         """Shape of an input.
@@ -146,8 +174,9 @@ class Bundle:
         """
         folder = Path(path)
         manifest_path = folder / "manifest.json"
-        if not folder.is_dir() or not manifest_path.is_file():
-            what = "no such folder" if not folder.exists() else "no manifest.json in it"
+        # os.path, as the methods of Path raise where a name is too long or a folder is closed to us
+        if not os.path.isfile(manifest_path):
+            what = "no manifest.json in it" if os.path.isdir(folder) else "no such folder"
             raise BundleError(
                 f"{folder}: expected a bundle folder, {what}; make one with: lada-rt build-engine --demo --out {folder}"
             )
@@ -198,7 +227,7 @@ class Bundle:
             )
         except BundleError as error:
             raise BundleError(f"{folder}/manifest.json: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(
                 f"{folder}/manifest.json: damaged or incomplete ({_one_line(error)}); rebuild the bundle"
             ) from None
@@ -258,6 +287,17 @@ class Bundle:
     def file_path(self, entry: FileEntry) -> Path:
         return self.path / entry.path
 
+    def ref_hidden_size(self) -> int:
+        """Width H of the reference encoder's `frame_sum` [1, H].
+
+        Raises:
+            BundleError: it has no such input.
+        """
+        shape = self.stages["ref_encoder"].input_shape("frame_sum")
+        if len(shape) != 2 or not isinstance(shape[1], int):
+            raise BundleError(f"stage ref_encoder: expected frame_sum [1, H], got {list(shape)}; rebuild the bundle")
+        return shape[1]
+
     def constants(self) -> dict[str, np.ndarray]:
         """The arrays of `constants.npz`: latent_mean, latent_std, both float32 [latent_channels, latent_bins]."""
         path = self.file_path(self.files["constants.npz"])
@@ -265,7 +305,7 @@ class Bundle:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in ("latent_mean", "latent_std")}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        except DAMAGED_ARRAYS as error:
             raise BundleError(f"{path}: expected latent statistics, {_one_line(error)}; rebuild the bundle") from None
         for name, array in arrays.items():
             if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
@@ -314,10 +354,25 @@ def parse_stage(name: str, data: Any) -> StageEntry:
         precision=_text(data["precision"]),
         inputs=tuple(_parse_tensor(t) for t in data["inputs"]),
         outputs=tuple(_parse_tensor(t) for t in data["outputs"]),
-        proof=_mapping(data["proof"]),
+        proof=parse_proof(data["proof"]),
         build_key=_text(data.get("build_key", "")),
         cpu_graph=_parse_file(data["cpu_graph"]) if "cpu_graph" in data else None,
     )
+
+
+def parse_proof(data: Any) -> dict[str, Any]:
+    """What was measured of a stage, from untrusted JSON: its `max_rel_error`, where it has one, is a number.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is not one.
+    """
+    proof = _mapping(data)
+    if "max_rel_error" in proof:
+        error = proof["max_rel_error"]
+        if isinstance(error, bool) or not isinstance(error, int | float):
+            raise ValueError(f"expected an error as a number, got {error!r}")
+        float(error)
+    return proof
 
 
 def _parse_file(data: Any) -> FileEntry:

@@ -1,4 +1,4 @@
-"""The command line: lada-rt generate | build-engine | inspect | doctor.
+"""The command line: lada-rt generate | build-engine | bench | inspect | doctor.
 
 Results go to stdout, progress and messages to stderr. An error is one line. Exit codes: 0 done, 2 usage or option, 3
 audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted.
@@ -146,7 +146,7 @@ def generate(
         note(f"no --bundle: using the embedded {pipeline.bundle.name}, a small model trained on synthetic songs alone")
     elif not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
-    song = Song(vocal, text, reference, start, end, long)
+    song = Song(vocal, text if keep is None else None, reference, start, end, long)
     command = GenerateCommand(pipeline, song, params, mix=mix, bars=not quiet and sys.stderr.isatty())
     if variations != 1:
         command.variations(targets)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 
 from lada_rt import loudness
 from lada_rt.audio import AudioWriter
+from lada_rt.errors import ParamError
 from lada_rt.mix import CEILING_DBTP, Mixer, MixGain, true_peak
 
 __all__ = ["Delivery"]
@@ -66,17 +69,28 @@ class Delivery:
             self._mixer = Mixer(vocal, n_samples)
             n_samples = self._mixer.n_samples
         self.n_samples = n_samples
-        self._writer.begin(n_samples)
+        with self._giving_up():
+            self._writer.begin(n_samples)
 
     def write(self, accompaniment: np.ndarray) -> None:
         """Take the next [2, n] float32; raises as `begin`."""
         final = accompaniment if self._mixer is None else self._mixer.push(accompaniment)
         if final.size:
             self.peak = max(self.peak, float(np.abs(final).max()))
-        self._writer.write(final)
+        with self._giving_up():
+            self._writer.write(final)
         if self._measure:
             self._received.append(accompaniment)
             self._sent.append(final)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """A stdout that takes no more, its disk being full, must not be tried again at exit."""
+        try:
+            yield
+        except ParamError:
+            self.abandon()
+            raise
 
     def reader_gone(self) -> bool:
         """Whether stdout is a pipe that nobody reads any more. Without writing to it, so while nothing is ready yet."""
@@ -90,7 +104,7 @@ class Delivery:
             return False
 
     def abandon(self) -> None:
-        """Keep the interpreter from flushing into a closed pipe at exit."""
+        """Keep the interpreter from flushing into stdout at exit."""
         if self._to_stdout:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -48,8 +48,8 @@ class Targets:
         """
         if self.out is not None:
             check_output_path(self.out, vocal)
-        check_report_path(self.json_file)
-        check_report_path(self.codes_file, "--save-codes")
+        check_report_path(self.json_file, vocal=vocal)
+        check_report_path(self.codes_file, "--save-codes", vocal)
 
 
 class GenerateCommand:
@@ -141,9 +141,8 @@ class GenerateCommand:
         return Delivery(targets.out, rate_hz, mix=self._mix, measure=targets.json_file is not None)
 
     def _finish(self, result: Result, delivery: Delivery, targets: Targets) -> None:
-        """Notes, codes, report and summary, once the audio is complete."""
-        for line in result.warnings:
-            note(line)
+        """Notes, codes, report and summary, once the audio is complete. What the inputs lacked was said when they were
+        read."""
         gain = delivery.gain
         if gain is not None and gain.lowest_gain_db < 0:
             note(

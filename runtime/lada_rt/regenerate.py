@@ -29,7 +29,7 @@ from lada_rt.engines.base import Engine, released
 from lada_rt.errors import ParamError
 from lada_rt.geometry import CodecGeometry
 from lada_rt.long_song import denoise_spans
-from lada_rt.params import GenerationParams
+from lada_rt.params import GenerationParams, check_seconds
 from lada_rt.progress import OnProgress, Reporter
 from lada_rt.results import Layer, Origin, Result
 from lada_rt.run import Loaded
@@ -96,7 +96,9 @@ def redo(
 
     audio = result.audio.copy()
     with report.holding(loaded.slots), closing(run_ahead(latents(), report.cancel)) as ahead:
-        _lay_over(audio, engines, ahead, windows, start_sample, stop_sample, geometry, report)
+        report.step("render", 0, len(windows))
+        span = (start_sample, stop_sample)
+        _lay_over(audio, engines, ahead, windows, *span, geometry, report, done=0, total=len(windows))
         timings = report.timings((stop_sample - start_sample) / geometry.sample_rate_hz)
     layer = Layer(windows.start, np.stack(kept), start_sample, stop_sample)
     return replace(
@@ -133,9 +135,13 @@ def restore(loaded: Loaded, saved: SavedRun, vocal: AudioInput, on_progress: OnP
         report.mark_denoised()
         n_samples = geometry.n_samples(len(saved.codes))
         audio = np.zeros((2, n_samples), np.float32)
+        n_windows, done = sum(len(layer.latents) for layer in origin.layers), 0
+        report.step("render", 0, n_windows)
         for layer in origin.layers:
             windows = range(layer.first_window, layer.first_window + len(layer.latents))
-            _lay_over(audio, engines, layer.latents, windows, layer.start_sample, layer.stop_sample, geometry, report)
+            span = (layer.start_sample, layer.stop_sample)
+            _lay_over(audio, engines, layer.latents, windows, *span, geometry, report, done=done, total=n_windows)
+            done += len(layer.latents)
         timings = report.timings(n_samples / geometry.sample_rate_hz)
     return Result(
         audio=audio,
@@ -170,8 +176,7 @@ def _check_bundle(loaded: Loaded, origin: Origin) -> None:
 
 def _region_codes(start_s: Any, end_s: Any, n_codes: int, geometry: CodecGeometry) -> tuple[int, int]:
     for name, value in (("start_s", start_s), ("end_s", end_s)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ParamError(f"{name}: expected seconds from 0, got {value!r}")
+        check_seconds(name, value)
     duration_s = n_codes / geometry.code_rate_hz
     if not start_s < end_s or start_s >= duration_s:
         raise ParamError(f"region: expected a stretch of the {duration_s:g} s, got {start_s:g} to {end_s:g} s")
@@ -213,21 +218,26 @@ def _lay_over(
     stop_sample: int,
     geometry: CodecGeometry,
     report: Reporter,
+    *,
+    done: int,
+    total: int,
 ) -> None:
-    """Render windows and fade them into `audio` [2, N], in place, around [start_sample, stop_sample)."""
+    """Render windows and fade them into `audio` [2, N], in place, around [start_sample, stop_sample).
+
+    `done` of `total` windows were rendered before these; progress counts on.
+    """
     n_samples = audio.shape[1]
     low, high = _seams(start_sample, stop_sample, n_samples, geometry)
     # The crossfade between windows needs more of the last one than its overlap; what lies past the seam is dropped.
     rendered_to = (windows.stop - 1) * geometry.hop_samples + geometry.overlap_samples + 1
     position = windows.start * geometry.hop_samples
-    report.step("render", 0, len(windows))
     for piece in render_windows(
         engines,
         latents,
         geometry,
         windows=windows,
         stop_sample=min(n_samples, max(high, rendered_to)),
-        on_window=report.steps_of("render"),
+        on_window=lambda n, _: report.step("render", done + n, total),
     ):
         report.mark_first_audio()
         begin, end = max(position, low), min(position + piece.shape[1], high)

@@ -196,12 +196,11 @@ class Run:
             audio = load_audio(song.reference, bundle.geometry.sample_rate_hz, start_s=song.start_s, what="reference")
             warnings = audio.warnings
             mono = audio.samples.mean(axis=0, dtype=np.float32)
-            hidden_size = bundle.stages["ref_encoder"].input_shape("frame_sum")[1]
             reference = encode_reference(
                 self._engines["ref_encoder"],
                 mono,
                 chunk_samples=bundle.ref_chunk_samples,
-                hidden_size=int(hidden_size),
+                hidden_size=bundle.ref_hidden_size(),
             )
         report.step("condition", 2, 2)
         order = self._params.prefix_order

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import struct
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lada_rt.audio import replaced_file
-from lada_rt.bundle import Bundle
+from lada_rt.bundle import DAMAGED_ARRAYS, Bundle
 from lada_rt.errors import LadaError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.results import Layer, Origin, Result
@@ -68,6 +67,10 @@ class SavedRun:
         for ok, what in (
             (bool((self.codes >= 0).all() and (self.codes < bundle.vocab_size).all()), "codes within the vocabulary"),
             (origin.vocal_codes.shape == (n_codes,), "a vocal code for each code"),
+            (
+                bool((origin.vocal_codes >= 0).all() and (origin.vocal_codes < bundle.vocab_size).all()),
+                "vocal codes within the vocabulary",
+            ),
             (len(origin.prefix) <= 2 and origin.prefix.shape[1] == bundle.prefix_dim, "the bundle's prefix size"),
             (bool(np.isfinite(origin.prefix).all()), "a finite prefix"),
             (all(layer.latents.shape[1:] == window for layer in origin.layers), "the bundle's latent size"),
@@ -137,16 +140,7 @@ def load_codes(path: str | os.PathLike[str]) -> SavedRun:
         raise ParamError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ParamError(f"{path}: no such file; make one with: lada-rt generate --save-codes {path}") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        struct.error,
-    ) as error:
+    except DAMAGED_ARRAYS as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ParamError(f"{path}: expected a file of --save-codes, got something else or damaged ({detail})") from None
 

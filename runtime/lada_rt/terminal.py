@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 import lada_rt
-from lada_rt.audio import replaced_file
+from lada_rt.audio import check_target, replaced_file
 from lada_rt.bundle import Bundle, TensorEntry
 from lada_rt.delivery import Delivery
-from lada_rt.errors import ParamError
 from lada_rt.pipeline import Pipeline
 from lada_rt.progress import Progress
 from lada_rt.results import Result, Song
@@ -41,14 +40,10 @@ __all__ = [
 TTFA_SLACK = 1.1
 
 
-def check_report_path(path: Path | None, option: str = "--json") -> None:
-    """Refuse a report that cannot be written before any work is done.
-
-    Raises:
-        ParamError: it cannot.
-    """
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        raise ParamError(f"{option}: {path}: cannot be written; give a file name in a folder that exists")
+def check_report_path(path: Path | None, option: str = "--json", vocal: Path | None = None) -> None:
+    """Refuse a report that cannot be written before any work is done; see `check_target`."""
+    if path is not None:
+        check_target(path, option, vocal)
 
 
 class ProgressBars:
@@ -162,9 +157,9 @@ def print_bundle(bundle: Bundle) -> None:
     table = Table("stage", "MB", "precision", "inputs", "outputs", "error", box=None, header_style="bold")
     for stage in bundle.stages.values():
         table.add_row(
-            stage.name,
+            Text(stage.name),
             f"{stage.bytes / 1e6:.2f}",
-            stage.precision,
+            Text(stage.precision),
             _signature(stage.inputs),
             _signature(stage.outputs),
             f"{stage.proof['max_rel_error']:.1e}" if "max_rel_error" in stage.proof else "-",

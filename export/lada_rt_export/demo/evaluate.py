@@ -52,7 +52,7 @@ Log = Callable[[str], None]
 
 
 def chord_match(audio: Floats, song: Song) -> float | None:
-    """Share of a song's beats at which `audio` sounds the true triad; None if it is silent on all of them.
+    """Share of a song's beats at which `audio` sounds the true triad, silence being no triad; None if it has no beat.
 
     Args:
         audio: [C, N] at 48 kHz; beats past its end are left out.
@@ -302,10 +302,12 @@ def hear_recording(evaluator: Evaluator, path: Path, settings: Settings, others:
     }
 
 
-def _chroma_width(audio: Floats) -> float:
-    """Mean of the chroma over pitch classes and sounding frames, the strongest class of each frame taken as one."""
+def _chroma_width(audio: Floats) -> float | None:
+    """Mean of the chroma over pitch classes and sounding frames, the strongest class of each frame taken as one; None
+    for silence."""
     profile = chroma(audio, RATE_HZ)
-    return round(float(profile[profile.any(axis=1)].mean()), 4)
+    sounding = profile[profile.any(axis=1)]
+    return round(float(sounding.mean()), 4) if len(sounding) else None
 
 
 def draw_curve(path: Path, report: Mapping[str, Any]) -> None:

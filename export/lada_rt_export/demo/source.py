@@ -1,17 +1,16 @@
 """Trained networks as the source of a bundle, by way of one small file of weights.
 
 `trained.safetensors` holds every network that inference needs under the key names of the released files, each after the
-name of its network, and in its header the sizes' preset, the seed and the losses at the end. Optimizers, the VAE's
-encoder, heads and discriminator stay in the training folder.
+name of its network, and in its header, as JSON, the sizes' preset, the seed and the losses at the end. Optimizers, the
+VAE's encoder, heads and discriminator stay in the training folder.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.flow import FlowModules
 from lada_rt_export.demo.training.grains import grain_vocoder
-from lada_rt_export.demo.training.loop import load_weights
+from lada_rt_export.demo.training.loop import load_weights, weights_sha256
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
 from lada_rt_export.demo.training.predictor import PredictorModules
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
@@ -53,7 +52,19 @@ __all__ = ["DEMO_WEIGHTS", "WEIGHTS_FILE", "TrainedSource", "collect_weights"]
 WEIGHTS_FILE = "trained.safetensors"
 #: what the embedded bundle is built from
 DEMO_WEIGHTS = Path(__file__).parent / WEIGHTS_FILE
+#: entry of the file's header
+_ABOUT = "training"
 _RTD_KEYS = ("rtd_head.weight", "rtd_head.bias")
+#: stage -> fields of TrainingSizes that shape its networks
+_NETWORKS = {
+    "encoder": ("muq", "vq"),
+    "text_encoder": ("text",),
+    "ref_encoder": ("mert", "audio"),
+    "denoiser": ("predictor",),
+    "flow": ("flow", "vq"),
+    "mel_decoder": ("mel_vae",),
+    "vocoder": ("vocoder",),
+}
 NOTE = (
     "The released architecture at the real rates, scaled down, trained on songs of a procedural generator and on "
     "nothing else: it knows five styles, synthetic voices and their English descriptions."
@@ -111,8 +122,19 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         losses = json.loads((folder / f"{name}.losses.json").read_text())
         final[name] = {"steps": losses["steps"], "seconds": losses["seconds"], "last": losses["rows"][-1]}
     path = folder / WEIGHTS_FILE
-    save_file(tensors, path, {"preset": sizes.name, "seed": str(seed), "losses": json.dumps(final)})
+    # a single entry: safetensors writes several in any order, and equal weights are to be equal files
+    about = {"preset": sizes.name, "seed": seed, "losses": final}
+    save_file(tensors, path, {_ABOUT: json.dumps(about, sort_keys=True)})
     return path
+
+
+def _about(text: str) -> dict[str, Any]:
+    """The header's entry; empty if it is none of ours."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class TrainedSource:
@@ -126,15 +148,15 @@ class TrainedSource:
         self.path = path
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+                about = _about((file.metadata() or {}).get(_ABOUT, ""))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: expected trained weights, could not read them; train them anew") from error
-        preset = metadata.get("preset", "")
+        preset = str(about.get("preset", ""))
         if preset not in PRESETS:
             raise CheckpointError(f"{path.name}: expected a preset of {', '.join(PRESETS)}, got {preset!r}; train anew")
         self.training = PRESETS[preset]
-        self.seed, self.losses = int(metadata["seed"]), json.loads(metadata["losses"])
+        self.seed = about.get("seed", 0)
         self.tokenizer_json = byte_tokenizer()
         self._modules, norm = self._load(tensors)
         mean, std = norm.frozen_stats()
@@ -218,12 +240,12 @@ class TrainedSource:
         return (self.path,) if stage is None else ()
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """A stage's own weights: another stage's training must not rebuild it."""
-        digest = hashlib.sha256()
-        for name, tensor in self._modules[stage].state_dict().items():
-            digest.update(f"{name} {list(tensor.shape)} ".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return {"weights": digest.hexdigest(), "preset": self.training.name}
+        """A stage's own weights, for another stage's training must not rebuild it, and all sizes."""
+        return {
+            "weights": weights_sha256(self._modules[stage]),
+            "networks": {name: asdict(getattr(self.training, name)) for name in _NETWORKS[stage]},
+            "sizes": asdict(self.sizes),
+        }
 
     def module(self, stage: str) -> nn.Module:
         return copy.deepcopy(self._modules[stage])

@@ -127,11 +127,16 @@ class MertConfig:
         return n
 
 
+#: sizes come from a file that nobody vouches for
+_MOST, _MOST_LAYERS = 1 << 20, 256
+
+
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    most = _MOST_LAYERS if key == "num_hidden_layers" else _MOST
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise CheckpointError(
-            f"MERT config.json: expected a whole number of 1 or more for {key}, got {value!r}; "
+            f"MERT config.json: expected a whole number from 1 to {most} for {key}, got {value!r}; "
             "use the MERT-v1-95M folder"
         )
     return value
@@ -139,9 +144,10 @@ def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def _wholes(config: Mapping[str, Any], key: str, default: tuple[int, ...]) -> tuple[int, ...]:
     value = config.get(key, default)
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) or len(value) > _MOST_LAYERS:
         raise CheckpointError(
-            f"MERT config.json: expected a list of whole numbers for {key}, got {value!r}; use the MERT-v1-95M folder"
+            f"MERT config.json: expected a list of whole numbers for {key}, got {str(value)[:200]}; "
+            "use the MERT-v1-95M folder"
         )
     return tuple(_whole({key: item}, key, 1) for item in value)
 

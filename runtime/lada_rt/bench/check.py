@@ -67,8 +67,9 @@ class OnnxReference:
         return self._results[key]
 
     def release(self) -> None:
-        """Let go of the loaded graphs, for memory is measured next."""
+        """Let go of the loaded graphs and of results, for memory is measured next."""
         self._engines.clear()
+        self._results.clear()
 
 
 def _plain_session(bundle: Bundle, stage: str) -> Any:

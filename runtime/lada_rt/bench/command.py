@@ -65,7 +65,7 @@ def run_command(
         EngineError: a configuration is wrong, or something to measure with is missing.
     """
     counts = numbers("--steps", steps)
-    if any(n != int(n) for n in counts):
+    if not all(n.is_integer() for n in counts):  # NaN and infinity are none
         raise ParamError(f"--steps: expected whole numbers, got {steps!r}")
     options = BenchOptions(
         tuple(int(n) for n in counts),

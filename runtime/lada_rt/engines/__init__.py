@@ -70,7 +70,7 @@ def load_engines(
     others = [name for name in bundle.stages if name not in built]
     if others:
         _LOG.warning("no %s engine for %s: they run on onnxruntime", backend, ", ".join(others))
-        other_device = _onnx_device("auto")
+        other_device = "cpu" if device == "cpu" else _onnx_device("auto")
         engines |= {name: _onnx_engine(bundle, name, other_device, n_threads) for name in others}
     return _with_loops(engines, bundle), backend, device
 
@@ -135,7 +135,14 @@ def _torch_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
     from lada_rt.engines.torch import import_torch, load_package
 
     where = import_torch().device(device)
-    return {part["name"]: load_package(entry.folder, part, where) for part in entry.description["parts"]}
+    try:
+        parts = {part["name"]: part for part in entry.description["parts"]}
+    except (KeyError, TypeError) as error:
+        raise EngineError(
+            f"{entry.folder}: engine.json does not describe its parts ({type(error).__name__}: {error}); "
+            f"rebuild it with: {rebuild_command(entry.folder.parents[1], entry.key)}"
+        ) from None
+    return {name: load_package(entry.folder, part, where) for name, part in parts.items()}
 
 
 def _with_loops(engines: dict[str, Engine], bundle: Bundle) -> dict[str, Engine]:

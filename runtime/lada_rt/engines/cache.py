@@ -3,8 +3,8 @@
     engines/<key>/engine.json   what the engine is: its key in full, files with sha256 and size, measured error
     engines/<key>/...           the backend's own files
 
-The key names the stage, the hash of its graph, the backend and its version, the GPU architecture, the precision and the
-profile. An engine that does not fit is refused with the command that rebuilds it.
+The key names the stage, the hash of its graph and weights, the backend and its version, the GPU architecture, the
+precision and the profile. An engine that does not fit is refused with the command that rebuilds it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from lada_rt.bundle import Bundle, FileEntry, file_sha256
+from lada_rt.bundle import Bundle, FileEntry, file_sha256, parse_proof
 from lada_rt.errors import EngineError
 
 __all__ = [
@@ -55,7 +55,7 @@ class EngineKey:
 
     Attributes:
         stage: name.
-        graph_sha256: of the stage's graph in the manifest; it covers large weights through `build_key`.
+        network_sha256: `StageEntry.sha256` of the stage in the manifest: graph and weights.
         backend, backend_version: such as "tensorrt" and "11.4.0.106".
         arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64".
         precision: of the stage.
@@ -64,7 +64,7 @@ class EngineKey:
     """
 
     stage: str
-    graph_sha256: str
+    network_sha256: str
     backend: str
     backend_version: str
     arch: str
@@ -78,7 +78,7 @@ class EngineKey:
         profile = hashlib.sha256(text.encode()).hexdigest()[:8]
         later = "plus" if self.any_later_version else ""
         parts = (
-            self.stage, self.graph_sha256[:12], self.backend, self.backend_version + later,
+            self.stage, self.network_sha256[:12], self.backend, self.backend_version + later,
             self.arch.replace("+", "plus"), self.precision, profile,
         )  # fmt: skip
         return "-".join(re.sub(r"[^A-Za-z0-9._]", "_", part) for part in parts)
@@ -169,7 +169,7 @@ def list_engines(bundle: Bundle) -> list[EngineEntry]:
             if path.stat().st_size > ENTRY_LIMIT_BYTES:
                 continue
             entries.append(_parse(path.parent, json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return entries
 
@@ -184,16 +184,18 @@ def _parse(folder: Path, data: Any) -> EngineEntry:
     parsed = EngineKey(**key, profile=profile, any_later_version=later)
     if parsed.folder_name != folder.name or not files or parsed.backend not in DISTRIBUTIONS:
         raise ValueError("the folder's name is not the key's")
-    float(data["proof"]["max_rel_error"])
-    return EngineEntry(parsed, folder, files, dict(data["proof"]), dict(data["description"]))
+    proof = parse_proof(data["proof"])
+    if "max_rel_error" not in proof:
+        raise ValueError("no measured error")
+    return EngineEntry(parsed, folder, files, proof, dict(data["description"]))
 
 
 def misfit(entry: EngineEntry, bundle: Bundle, machine: Machine) -> str | None:
     """Why an engine must not run here: None if it fits."""
     key = entry.key
     stage = bundle.stages.get(key.stage)
-    if stage is None or stage.graph.sha256 != key.graph_sha256 or stage.precision != key.precision:
-        return "was built from another graph than the bundle's"
+    if stage is None or stage.sha256 != key.network_sha256 or stage.precision != key.precision:
+        return "was built from another network than the bundle's"
     if machine.backend_version is None:
         return f"needs {key.backend} {key.backend_version}, which is not installed"
     same = machine.backend_version == key.backend_version
@@ -242,7 +244,8 @@ def find_engine(bundle: Bundle, stage: str, backend: str, machine: Machine) -> E
         EngineError: there is none; the message says what there is and how to build one.
     """
     reasons = []
-    for entry in list_engines(bundle):
+    # what was built for this very machine is faster than what runs on others too
+    for entry in sorted(list_engines(bundle), key=lambda e: (e.key.arch.endswith("+"), e.key.any_later_version)):
         if entry.key.stage != stage or entry.key.backend != backend:
             continue
         reason = misfit(entry, bundle, machine)

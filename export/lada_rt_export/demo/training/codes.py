@@ -9,6 +9,7 @@ A predictor song becomes one small file; its sound is not kept:
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 import torch
 from lada_rt.condition import round_bf16
 from lada_rt.encode import encode
+from lada_rt.errors import ExportError
 from tokenizers import Tokenizer
+from torch import nn
 
 from lada_rt_export.demo.songs.song import compose, render_accompaniment
 from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.data import run_jobs, song_seed, vocal_takes
 from lada_rt_export.demo.training.features import encoder_mel
-from lada_rt_export.demo.training.loop import load_weights
+from lada_rt_export.demo.training.loop import load_weights, weights_sha256
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.demo.training.style import StyleModules
@@ -73,6 +76,20 @@ def _forget() -> None:
     """The same folder may hold other weights by now."""
     for cached in (_codec, _autoencoder, _style):
         cached.cache_clear()
+
+
+def _check_makers(folder: Path, makers: dict[str, nn.Module]) -> None:
+    """Refuse to go on with what other networks encoded: features of two trainings would be mixed.
+
+    Raises:
+        ExportError: `folder` holds such.
+    """
+    present = {name: weights_sha256(module) for name, module in makers.items()}
+    path = folder / "made_by.json"
+    if not path.is_file():
+        _replace(path, lambda f: f.write(json.dumps(present).encode()))
+    elif json.loads(path.read_text()) != present:
+        raise ExportError(f"{folder} was encoded by another {' or '.join(makers)}; remove it and run its stage again")
 
 
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
@@ -124,8 +141,17 @@ def _encode_predictor_song(job: tuple[str, str, int, int]) -> None:
 def encode_codec_songs(
     sizes: TrainingSizes, folder: Path, n_workers: int, done: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Write codes and latents beside the codec songs that lack them. Returns whether all have them."""
+    """Write codes and latents beside the codec songs that lack them. Returns whether all have them.
+
+    Raises:
+        ExportError: what is there is of another codec or mel VAE, or one of them is not trained.
+    """
     _forget()
+    makers: dict[str, nn.Module] = {
+        "codec": _codec(sizes.name, str(folder)),
+        "mel_vae": _autoencoder(sizes.name, str(folder)),
+    }
+    _check_makers(folder / "songs", makers)
     jobs = [(sizes.name, str(folder), i) for i in range(sizes.n_codec_songs)]
     missing = [job for job in jobs if not (folder / "songs" / f"{job[2]:05d}" / "codes.npy").is_file()]
     return run_jobs(_encode_codec_song, missing, n_workers, done)
@@ -138,9 +164,17 @@ def encode_predictor_songs(
 
     Returns:
         Whether all are there.
+
+    Raises:
+        ExportError: what is there is of another codec or style, or one of them is not trained.
     """
     _forget()
     (folder / "predictor").mkdir(exist_ok=True)
+    makers: dict[str, nn.Module] = {
+        "codec": _codec(sizes.name, str(folder)),
+        "style": _style(sizes.name, str(folder))[0],
+    }
+    _check_makers(folder / "predictor", makers)
     jobs = [(sizes.name, str(folder), seed, i) for i in range(sizes.n_predictor_songs)]
     missing = [job for job in jobs if not (folder / "predictor" / f"{job[3]:05d}.npz").is_file()]
     return run_jobs(_encode_predictor_song, missing, n_workers, done)

@@ -7,6 +7,7 @@ ends in the same bits as one in a piece, on the same machine, device and number 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from lada_rt_export.demo.training.sizes import Budget
 
-__all__ = ["Losses", "RunOptions", "Task", "load_weights", "step_generators", "train"]
+__all__ = ["Losses", "RunOptions", "Task", "load_weights", "step_generators", "train", "weights_sha256"]
 
 #: name -> scalar; "loss" is what is minimised
 Losses = dict[str, Tensor]
@@ -138,6 +139,15 @@ def load_weights(folder: Path, name: str, modules: nn.Module) -> None:
         for parameter in modules.parameters():
             parameter.copy_(parameter.half())
     modules.eval().requires_grad_(False)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Of names, shapes and values of everything in a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Run:

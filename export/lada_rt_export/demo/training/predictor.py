@@ -1,10 +1,11 @@
 """Mask predictor stage: the paper's objective (arXiv 2604.11052; spec/lada_band d.10) on cached codes.
 
-Masked reconstruction: the share of masked frames is cos(pi r / 2), r uniform and spread over the batch, the loss the
-mean cross-entropy over masked frames. Replaced-token detection, weight 0.2: masked frames are filled with the likeliest
-codes and a head tells which differ from the truth. As in the paper its gradient reaches the backbone; the released code
-trains the head alone. It runs on a quarter of the rows, for the price of a second forward. Text and reference slots are
-dropped independently. Crops are short at first and then whole songs.
+Masked reconstruction: the share of masked frames is cos(pi r / 2), r spread over the batch and, beyond the paper,
+denser near 0, as the first steps of the denoising settle key, metre and style; the loss is the mean cross-entropy over
+masked frames. Replaced-token detection, weight 0.2: masked frames are filled with the likeliest codes and a head tells
+which differ from the truth. As in the paper its gradient reaches the backbone; the released code trains the head alone.
+It runs on a quarter of the rows, for the price of a second forward. Reference and text slots are dropped independently,
+the text less often. Crops are short at first and then whole songs.
 
 Beyond the paper, two heads that inference does without read the chord and the place in the bar from every hidden state;
 the generator knows both. Codes say harmony and metre only between the lines: with the codes' loss alone a network of
@@ -31,8 +32,11 @@ from lada_rt_export.models.mask_predictor import MaskPredictor
 __all__ = ["Masked", "PredictorModules", "PredictorSongs", "PredictorTask", "frame_labels", "masked_loss"]
 
 RTD_WEIGHT = 0.2
-_CHORD_WEIGHT, _PLACE_WEIGHT = 0.5, 0.25
-_DROP_SLOT = 0.5
+#: exponent of a uniform r
+_EARLY = 1.5
+_CHORD_WEIGHT, _PLACE_WEIGHT = 0.5, 0.5
+#: how often the reference and the text slot are empty: the common request is a text alone
+_DROP_SLOTS = (0.6, 0.25)
 #: major triads from C, minor triads from C; sixteenths of a bar
 N_CHORDS, N_PLACES = 24, 16
 #: of a frame outside the chords or the beats, which no loss counts
@@ -93,7 +97,7 @@ class PredictorSongs:
             vocal[row, :n] = song["vocals"][take, start : start + n]
             codes[row, :n] = song["accompaniment"][start : start + n]
             labels[row, :, :n] = song["labels"][:, start : start + n]
-            keep = rng.random(2) >= _DROP_SLOT
+            keep = rng.random(2) >= _DROP_SLOTS
             prefix[row] = np.stack([song["references"][reference], song["texts"][text]]) * keep[:, None]
         arrays = (torch.from_numpy(x).to(self.device) for x in (vocal, codes, prefix, labels))
         return next(arrays), next(arrays), next(arrays), next(arrays)
@@ -117,13 +121,13 @@ def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor
         net: with a replaced-token head.
         vocal, codes: [B, n] int64, padded.
         prefix: [B, P, F].
-        n_detected: rows that replaced-token detection runs on.
+        n_detected: rows that replaced-token detection runs on; without any its loss is zero.
     """
     config = net.config
     batch, n = codes.shape
     valid = codes != config.pad_id
     r = (torch.randperm(batch, device=codes.device) + torch.rand(batch, device=codes.device)) / batch
-    share = (math.pi / 2 * r).cos()[:, None]
+    share = (math.pi / 2 * r**_EARLY).cos()[:, None]
     masked = (torch.rand(batch, n, device=codes.device) < share) & valid
     # a row that escaped is masked at its first frame, so that no loss is empty
     masked[:, 0] |= ~masked.any(dim=1)
@@ -134,19 +138,16 @@ def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor
     cross_entropy = F.cross_entropy(logits[masked], codes[masked])
     guesses = logits.detach().argmax(dim=2)
     right = (guesses == codes)[masked].float().mean()
-    rows = slice(0, n_detected)
-    filled = torch.where(masked, guesses, codes)[rows]
-    collected: dict[str, Tensor] = {}
-    net(vocal[rows], filled, prefix[rows], key_mask=None if key_mask is None else key_mask[rows], collect=collected)
-    detection = net.rtd_logits(collected["hidden"])[:, prefix.shape[1] :].float()
-    replaced = (filled != codes[rows]).float()
-    seen = valid[rows]
-    return Masked(
-        cross_entropy,
-        F.binary_cross_entropy_with_logits(detection[seen], replaced[seen]),
-        right,
-        first["hidden"][:, prefix.shape[1] :],
-    )
+    detection = cross_entropy.new_zeros(())
+    if n_detected:
+        rows = slice(0, n_detected)
+        filled = torch.where(masked, guesses, codes)[rows]
+        collected: dict[str, Tensor] = {}
+        net(vocal[rows], filled, prefix[rows], key_mask=None if key_mask is None else key_mask[rows], collect=collected)
+        found = net.rtd_logits(collected["hidden"])[:, prefix.shape[1] :].float()
+        replaced = (filled != codes[rows]).float()
+        detection = F.binary_cross_entropy_with_logits(found[valid[rows]], replaced[valid[rows]])
+    return Masked(cross_entropy, detection, right, first["hidden"][:, prefix.shape[1] :])
 
 
 class PredictorModules(nn.Module):
@@ -172,14 +173,17 @@ class PredictorTask:
     def step(self, step: int, rng: np.random.Generator) -> Losses:
         batch, n_frames = self.budget.crop(step)
         vocal, codes, prefix, labels = self.songs.crops(rng, batch, n_frames)
-        found = masked_loss(self.modules.net, vocal, codes, prefix, max(1, batch // 4))
+        # small batches take turns: over time it is a quarter of the rows, and their mean
+        n_detected = (step + 1) * batch // 4 - step * batch // 4
+        found = masked_loss(self.modules.net, vocal, codes, prefix, n_detected)
+        detection = found.detection * max(1, 4 // batch)
         chord = _labelled_loss(self.modules.chord(found.hidden), labels[:, 0])
         place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1])
-        loss = found.cross_entropy + RTD_WEIGHT * found.detection + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place
+        loss = found.cross_entropy + RTD_WEIGHT * detection + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place
         return {
             "loss": loss,
             "masked": found.cross_entropy,
-            "replaced": found.detection,
+            "replaced": detection,
             "right": found.right,
             "chord": chord,
             "place": place,

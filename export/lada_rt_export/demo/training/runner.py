@@ -6,12 +6,12 @@ half of the sum if two stages run side by side: mel_vae beside codec or codes, f
     songs      320 songs            3 s each                                    0.3 h
     codec      4000 steps           0.29 s                                      0.4 h
     mel_vae    1800 steps           0.6 s, long crops 1.3 s                     0.3 h
-    style      800 steps            0.6 s                                       0.2 h
+    style      800 steps            0.8 s                                       0.2 h
     latents    320 songs            0.3 s                                       0.1 h
-    codes      640 songs            2.8 s                                       0.5 h
+    codes      960 songs            2.8 s                                       0.7 h
     flow       6000 steps           0.38 s, whole windows 0.9 s                 0.7 h
-    predictor  9000 steps           0.34 s, whole songs 0.7 s                   1.0 h
-    refine     3000 steps           0.75 s                                      0.6 h
+    predictor  9000 steps           0.34 s, whole songs 0.6 s                   1.0 h
+    refine     15000 steps          0.6 s                                       2.5 h
 """
 
 from __future__ import annotations

@@ -170,13 +170,13 @@ def _demo() -> TrainingSizes:
         budgets={
             "codec": Budget(4000, 6, ((0.8, 256), (1.0, 1024)), 1e-3, long_batch_size=2),
             "mel_vae": Budget(1800, 3, ((0.9, 32), (1.0, 192)), 2e-3, average=0.998, long_batch_size=1),
-            "style": Budget(800, 20, ((1.0, 300),), 1e-3),
+            "style": Budget(800, 20, ((1.0, 300),), 2e-3),
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
             "predictor": Budget(9000, 8, ((0.8, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
-            "refine": Budget(3000, 2, ((1.0, 1000),), 1e-3, average=0.999),
+            "refine": Budget(15000, 2, ((1.0, 1000),), 1e-3, average=0.999),
         },
         n_codec_songs=320,
-        n_predictor_songs=640,
+        n_predictor_songs=960,
         # one encoder window
         song_s=40.9,
         n_vocal_takes=2,

@@ -28,6 +28,8 @@ from lada_rt_export.models.mert import Mert
 __all__ = ["StyleModules", "StyleTask", "text_batch"]
 
 _TEMPERATURE = 0.2
+#: words come in more combinations than sounds and cost little: with one text a sound, one in seven was misread
+_TEXTS_PER_SOUND = 4
 _N_FORMS = 24
 _PAD_ID = 1
 _SAMPLES_PER_HUNDREDTH = 480
@@ -119,8 +121,9 @@ class StyleTask:
         batch, hundredths = self.budget.crop(step)
         net, device = self.modules, self.songs.device
         wanted = (np.arange(batch) + int(rng.integers(len(self.styles)))) % len(self.styles)
-        texts = [self._text(rng, int(style)) for style in wanted]
-        text_labels = torch.from_numpy(wanted.astype(np.int64)).to(device)
+        asked = np.tile(wanted, _TEXTS_PER_SOUND)
+        texts = [self._text(rng, int(style)) for style in asked]
+        text_labels = torch.from_numpy(asked.astype(np.int64)).to(device)
         sounds, sound_labels = self._sounds(rng, wanted, hundredths * _SAMPLES_PER_HUNDREDTH)
         features = net.text_features(self.tokenizer, [*texts, ""], device)
         text, empty = features[:-1], features[-1:]

@@ -434,6 +434,8 @@ def test_command_on_the_demo_bundle(tmp_path: Path, capfd: pytest.CaptureFixture
     [
         ["--steps", "x"],
         ["--steps", "2.5"],
+        ["--steps", "nan"],
+        ["--steps", "inf"],
         ["--repeat", "0"],
         ["--peaks", "1"],
         ["--plot", "/nonexistent/a.png"],

@@ -176,7 +176,11 @@ def test_saved_run_comes_back(pipe: Pipeline, tmp_path: Path) -> None:
     result = pipe.generate(vocal, text="soul", params=dataclasses.replace(FAST, schedule=(0.5, 0.2, 0.0)), end_s=60)
     result = pipe.regenerate(result, 30, 45)
     save_codes(tmp_path / "run.npz", result)
-    back = pipe.restore(load_codes(tmp_path / "run.npz"), vocal)
+    seen: list[Progress] = []
+    back = pipe.restore(load_codes(tmp_path / "run.npz"), vocal, on_progress=seen.append)
+    assert len(result.origin.layers) == 2
+    rendered = [p for p in seen if p.stage == "render"]
+    assert [p.step for p in rendered] == list(range(rendered[-1].total + 1))
     np.testing.assert_array_equal(back.audio, result.audio)
     np.testing.assert_array_equal(back.codes, result.codes)
     assert back.params == result.params

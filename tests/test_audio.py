@@ -144,9 +144,10 @@ def test_names_need_not_be_utf8(tmp_path: Path) -> None:
     for suffix in (".wav", ".flac"):
         path = Path(os.fsdecode(odd + suffix.encode()))
         try:
-            write_audio(path, np.zeros((2, 4800), np.float32), 48_000)
-        except ParamError as error:
+            path.touch()
+        except OSError as error:
             pytest.skip(f"this file system takes UTF-8 alone: {error}")
+        write_audio(path, np.zeros((2, 4800), np.float32), 48_000)
         assert load_audio(path, 48_000).samples.shape == (2, 4800)
 
 

@@ -117,13 +117,11 @@ def build_engine(job: EngineJob) -> EngineEntry:
         ExportError: the engine misses its tolerance; it is not written.
     """
     machine = this_machine(job.backend, job.device)
+    wanted = (job.stage, job.backend, *(name in job.compatibility for name in COMPATIBILITY))
     for entry in list_engines(job.bundle):
         key = entry.key
-        runs_on_more = {"later-versions": key.any_later_version, "ampere-plus": key.arch.endswith("+")}
-        as_asked = (key.stage, key.backend) == (job.stage, job.backend) and job.compatibility == {
-            name for name, it_does in runs_on_more.items() if it_does
-        }
-        if as_asked and misfit(entry, job.bundle, machine) is None:
+        found = (key.stage, key.backend, key.any_later_version, key.arch.endswith("+"))
+        if found == wanted and misfit(entry, job.bundle, machine) is None:
             job.log(f"{job.stage}: {job.backend} engine up to date")
             return entry
     builder: _Builder = importlib.import_module(BUILDERS[job.backend][0])

@@ -127,7 +127,6 @@ def _axes(spec: StageSpec, part: StagePart) -> dict[str, Mapping[int, str]]:
 
 def _compile(part: StagePart, example: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]], path: Path) -> None:
     order = [name for name in inspect.signature(part.module.forward).parameters if name in example]
-    # A batch of one would be taken for a constant.
     inputs = {name: widened(example[name], axes.get(name, {})) for name in order}
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in order}
     try:

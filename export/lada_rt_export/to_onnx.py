@@ -61,7 +61,6 @@ def write_graph(
     """
     axes = {axis: torch.export.Dim.DYNAMIC for dims in spec.dynamic.values() for axis in dims.values()}
     shapes = {name: {d: axes[a] for d, a in spec.dynamic.get(name, {}).items()} for name in example}
-    # A batch of one would be taken for a constant.
     inputs = {name: widened(tensor, spec.dynamic.get(name, {})) for name, tensor in example.items()}
     try:
         with quiet():

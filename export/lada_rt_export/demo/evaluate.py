@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--swapped-songs", type=int, default=8, help="made in another style too (default: 8)")
     parser.add_argument("--style-songs", type=int, default=6, help="of each style, for the classifier")
     parser.add_argument("--curve", default=",".join(map(str, CURVE_STEPS)), help="steps of the curve; empty for none")
-    parser.add_argument("--curve-songs", type=int, default=5)
+    parser.add_argument("--curve-songs", type=int, default=5, help="of --songs, the first ones (default: 5)")
     parser.add_argument("--recording", type=Path, help="a real vocal to accompany as well")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="PNG of the curve; default: beside the JSON")
@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         swapped_songs=args.swapped_songs,
         style_songs=args.style_songs,
         curve_steps=tuple(int(n) for n in args.curve.split(",") if n),
-        curve_songs=args.curve_songs,
+        curve_songs=min(args.curve_songs, args.songs),
     )
     began = time.monotonic()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lada_rt.audio import check_target
 from lada_rt.bench.compare import RowChange, compare_reports, differences, parse_percent, read_report
 from lada_rt.bench.learned import LearnedMetrics
 from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
@@ -77,9 +78,8 @@ def run_command(
         quality,
         LearnedMetrics(fad_model, fad_rate, fad_reference, clamp_bundle),
     )
-    if plot is not None and (not plot.parent.is_dir() or plot.is_dir()):
-        raise ParamError(f"--plot: {plot}: cannot be written; give a file name in a folder that exists")
     if plot is not None:
+        check_target(plot, "--plot")
         check_plot()
     rates = None
     if peaks is not None:

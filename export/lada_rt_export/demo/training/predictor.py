@@ -176,7 +176,7 @@ class PredictorTask:
         # small batches take turns: over time it is a quarter of the rows, and their mean
         n_detected = (step + 1) * batch // 4 - step * batch // 4
         found = masked_loss(self.modules.net, vocal, codes, prefix, n_detected)
-        detection = found.detection * max(1, 4 // batch)
+        detection = found.detection * max(1, 4 / batch)
         chord = _labelled_loss(self.modules.chord(found.hidden), labels[:, 0])
         place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1])
         loss = found.cross_entropy + RTD_WEIGHT * detection + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place

@@ -393,7 +393,10 @@ def refused(result: tuple[int, str, str], code: int, out: Path) -> None:
 def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
     out = tmp_path / "out.wav"
     command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--flow-steps", "999"]
+    # a shell starts background jobs with SIGINT ignored, which children inherit; a handler they do not
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     assert b"no --bundle" in process.stderr.readline()  # loaded; the run has begun
     time.sleep(2)

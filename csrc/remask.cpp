@@ -11,8 +11,7 @@
 namespace lada_rt {
 namespace {
 
-void check(const int64_t* codes, int64_t n_codes, const int64_t* rows, int64_t n_rows, const RemaskParams& p) {
-  (void)codes;
+void check(int64_t n_codes, const int64_t* rows, int64_t n_rows, const RemaskParams& p) {
   if (p.n_masked < 0 || p.n_masked > n_rows) {
     throw std::invalid_argument("expected 0 <= n_masked <= " + std::to_string(n_rows) + " masked rows, got " +
                                 std::to_string(p.n_masked));
@@ -52,7 +51,7 @@ float score_of(int64_t position, float log_confidence, const RemaskParams& p, co
 
 void remask(int64_t* codes, int64_t n_codes, const int64_t* rows, const int32_t* tokens, const float* log_confidence,
             int64_t n_rows, const RemaskParams& params, const float* noise, int64_t* rows_next) {
-  check(codes, n_codes, rows, n_rows, params);
+  check(n_codes, rows, n_rows, params);
   const int64_t n = params.n_masked;
   if (n == 0) {
     for (int64_t i = 0; i < n_rows; ++i) codes[rows[i]] = tokens[i];

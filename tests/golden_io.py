@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from golden_weights import select_weights
 from lada_rt_export.models.flow import Flow, FlowConfig
 from lada_rt_export.models.latent_norm import LatentNorm
 from lada_rt_export.models.stages_mucodec import FlowStage
 from lada_rt_export.models.vq import VQ, VQConfig, condition_linear
-from lada_rt_export.models.weights import select_weights
 from safetensors.torch import load_file
 from torch import Tensor
 

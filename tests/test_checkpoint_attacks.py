@@ -411,6 +411,18 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         assert isinstance(open_quietly(path), str)
 
 
+def test_large_values_named_often_are_not_copied_each_time() -> None:
+    large = dict.fromkeys(range(300_000))
+    objects = [Foreign("x", (), state=(large, {"_content": 1})), bytes(32 << 20), {bytes(32 << 20): 2}]
+    began = time.process_time()
+    read = plain(objects * 20_000)
+    # copied, the dictionaries alone take minutes
+    assert time.process_time() - began < 20
+    assert read[0] == 1
+    assert read[1].startswith("b'\\x00") and len(read[1]) == 200
+    assert list(read[2].values()) == [2]
+
+
 @given(st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_as_a_pickle(data: bytes) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_weights import select_weights
 from lada_rt.condition import position_ids
 from lada_rt.errors import CheckpointError, ParamError
 from lada_rt_export.models import mert as mert_file
@@ -26,7 +27,6 @@ from lada_rt_export.models.clamp3 import (
 )
 from lada_rt_export.models.mert import Mert, MertConfig, fold_positional_conv, normalize_waveform
 from lada_rt_export.models.stages_condition import RefEncoderStage, TextEncoderStage
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.onnx_check import operators
 from lada_rt_export.torch_engine import TorchEngine
 from safetensors.torch import load_file

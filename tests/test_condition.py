@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_weights import select_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -42,7 +43,6 @@ from lada_rt_export.models.clamp3 import (
 )
 from lada_rt_export.models.mert import Mert, MertConfig, fold_positional_conv
 from lada_rt_export.models.stages_condition import RefEncoderStage, TextEncoderStage
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.torch_engine import TorchEngine
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch

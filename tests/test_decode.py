@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_io import assert_close, flow_stage_of, read_sidecar, read_tensors, weights_of
+from golden_weights import mel_vae_state, select_weights
 from lada_rt.decode import (
     Crossfade,
     LatentStats,
@@ -19,10 +20,9 @@ from lada_rt.decode import (
     window_codes,
 )
 from lada_rt.geometry import CodecGeometry
-from lada_rt_export.models.mel_vae import MelVAE, MelVAEConfig, released_state
+from lada_rt_export.models.mel_vae import MelVAE, MelVAEConfig
 from lada_rt_export.models.stages_mucodec import MelDecoderStage, VocoderStage
 from lada_rt_export.models.vocoder import Vocoder, VocoderConfig
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.torch_engine import TorchEngine
 
 
@@ -98,7 +98,7 @@ def test_code2sound_matches_golden(golden: Path, golden_case: Path) -> None:
     )
     scale = torch.tensor(float(vae_config["scale_factor"]))
     vae.load_state_dict(
-        released_state({"scale_factor": scale} | {f"first_stage_model.{k}": v for k, v in codec.items()})
+        mel_vae_state({"scale_factor": scale} | {f"first_stage_model.{k}": v for k, v in codec.items()})
     )
     vocoder_config = config["vocoder"]
     vocoder = Vocoder(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_io import read_sidecar, read_tensors
+from golden_weights import select_weights
 from lada_rt.denoise import RecordedNoise, denoise
 from lada_rt.errors import EngineError
 from lada_rt.params import GenerationParams
@@ -19,7 +20,6 @@ from lada_rt_export.models.mask_predictor import (
     MaskPredictorConfig,
 )
 from lada_rt_export.models.stages_denoiser import DenoiserStage
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.torch_engine import TorchEngine
 
 # Every trajectory; not the weights, not the autoregressive ablation.

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_io import read_sidecar, read_tensors, vq_of, weights_of
+from golden_weights import select_weights
 from lada_rt.encode import encode, encode_window, prepare_vocal
 from lada_rt.errors import AudioError
 from lada_rt.geometry import CodecGeometry
 from lada_rt_export.models.muq import MuQ, MuQConfig, dead_keys
 from lada_rt_export.models.stages_mucodec import EncoderStage
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.torch_engine import TorchEngine
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_weights import select_weights
 from lada_rt.errors import EngineError, ParamError
 from lada_rt_export.models.mask_predictor import (
     DEAD_KEYS,
@@ -23,7 +24,6 @@ from lada_rt_export.models.mask_predictor import (
     rope_tables,
 )
 from lada_rt_export.models.stages_denoiser import MAX_POSITIONS, DenoiserStage
-from lada_rt_export.models.weights import select_weights
 from lada_rt_export.onnx_check import operators
 from lada_rt_export.torch_engine import TorchEngine
 from safetensors.torch import load_file

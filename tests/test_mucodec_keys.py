@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from golden_weights import mel_vae_state, select_weights
 from lada_rt.errors import ParamError
 from lada_rt_export.models import flow, latent_norm, mel_vae, muq, vocoder, vq
-from lada_rt_export.models.weights import select_weights
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def test_dead_keys_leave_exactly_the_needed_names() -> None:
     for file, prefix, module in released_modules():
         stored = {name: one for name in kept[file]} | {prefix + name: one for name in extra[file]}
         if prefix == mel_vae.KEY_PREFIX:
-            state = mel_vae.released_state(stored)
+            state = mel_vae_state(stored)
         elif file == "audioldm_48k.pth" or prefix == vq.CONDITION_KEY_PREFIX:
             state = select_weights({name: one for name in kept[file]}, prefix)
         else:

@@ -388,7 +388,7 @@ def test_inspect_shows_what_fits(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     entry_for(bundle)
-    entry_for(bundle, backend_version="10.15.1.29")
+    foreign = entry_for(bundle, backend_version="10.15.1.29")
     monkeypatch.setattr(cache, "_gpu_arch", lambda: "sm_90")
     monkeypatch.setattr(cache, "_version", lambda backend: VERSION)
     assert cli.run(["inspect", str(bundle.path), "--json", str(tmp_path / "i.json")]) == 0
@@ -398,6 +398,9 @@ def test_inspect_shows_what_fits(
     assert "2 compiled engines" in printed
     report = json.loads((tmp_path / "i.json").read_text())
     assert sorted(e["misfit"] is None for e in report["engines"]) == [False, True]
+    (foreign.folder / foreign.files[0].path).write_bytes(b"altered")
+    assert cli.run(["inspect", str(bundle.path)]) == EngineError.exit_code
+    assert "the file is missing or altered; remove" in capfd.readouterr().err
 
 
 # -- the type stub

@@ -14,10 +14,11 @@ dictionary keys: hashing nested tuples or chosen integers can take exponential o
 from __future__ import annotations
 
 import io
+import itertools
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lada_rt.errors import CheckpointError
 
@@ -30,6 +31,7 @@ _MAX_INT_BITS: Final = 8192
 #: integers below this hash to themselves, so they cannot be chosen to collide
 _MAX_KEY_INT: Final = 1 << 60
 
+_Item = TypeVar("_Item")
 _PLAIN_DEPTH: Final = 64
 _PLAIN_NODES: Final = 200_000
 
@@ -423,19 +425,23 @@ def _plain(value: Any, depth: int, budget: list[int]) -> Any:
         return "..."
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    # nothing is copied before it is counted: a file can hold one large dictionary and name it a million times
+    pairs: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
-        pairs = list(value.items())
+        pairs = value.items()
     elif isinstance(value, (list, tuple)):
         return [_plain(item, depth + 1, budget) for item in _within(value, budget)]
     elif isinstance(value, Foreign):
         state = value.state
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
-            state = {**(state[0] if isinstance(state[0], dict) else {}), **state[1]}  # __slots__ objects
+        # __slots__ objects: two dictionaries, the second counts
+        both = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict)
+        parts = [part for part in (state if both else (state,)) if isinstance(part, dict)]
         for inner in ("_content", "_val"):
-            if isinstance(state, dict) and inner in state:
-                return _plain(state[inner], depth + 1, budget)
-        if isinstance(state, dict) and state:
-            pairs = list(state.items())
+            for part in reversed(parts):
+                if inner in part:
+                    return _plain(part[inner], depth + 1, budget)
+        if any(parts):
+            pairs = itertools.chain.from_iterable(part.items() for part in parts)
         elif value.pairs:
             pairs = value.pairs
         elif value.elements:
@@ -447,12 +453,19 @@ def _plain(value: Any, depth: int, budget: list[int]) -> Any:
         else:
             return repr(value)
     else:
-        return repr(value)[:200]
+        return _short(value)
     return {
-        key if isinstance(key, str) else repr(key)[:200]: _plain(item, depth + 1, budget)
+        key if isinstance(key, str) else _short(key): _plain(item, depth + 1, budget)
         for key, item in _within(pairs, budget)
     }
 
 
-def _within(items: Any, budget: list[int]) -> Any:
-    return items if len(items) <= budget[0] else items[: max(0, budget[0])]
+def _short(value: Any) -> str:
+    return repr(value[:200] if isinstance(value, (bytes, bytearray)) else value)[:200]
+
+
+def _within(items: Iterable[_Item], budget: list[int]) -> Iterator[_Item]:
+    for item in items:
+        if budget[0] <= 0:
+            return
+        yield item

@@ -11,7 +11,7 @@ Layout (design, "The public surface"):
 
 A bundle is untrusted: paths may not leave its folder, and every byte of graphs and files is checked against the
 manifest before use. Not so engines/, which no manifest names: they are native code, built for one machine, and a bundle
-from elsewhere should come without them.
+from elsewhere should come without them. Their own entries name their hashes, which `inspect` and every load check.
 """
 
 from __future__ import annotations

@@ -301,13 +301,15 @@ def build_engine(
 def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> None:
     """Show a BUNDLE: stages, shapes, measured errors, engines; verify its checksums. Default: the embedded demo."""
     from lada_rt.bundle import Bundle, demo_bundle_path
-    from lada_rt.engines.cache import engine_report
+    from lada_rt.engines.cache import engine_report, list_engines
     from lada_rt.terminal import check_report_path, print_bundle, print_memory_plans, write_json
     from lada_rt.torch_loop.memory import bundle_plans
 
     check_report_path(json_file)
     opened = Bundle.open(bundle if bundle is not None else demo_bundle_path())
     opened.verify()
+    for entry in list_engines(opened):
+        entry.verify()
     print_bundle(opened)
     engines = engine_report(opened)
     for engine in engines:

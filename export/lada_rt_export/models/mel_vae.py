@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,8 @@ from lada_rt.errors import ParamError
 from torch import Tensor, nn
 
 from lada_rt_export.models.mucodec_common import Float32Buffers, check_positive, group_norm_f32
-from lada_rt_export.models.weights import select_weights
 
-__all__ = ["DEAD_KEYS", "KEY_PREFIX", "SCALE_FACTOR_KEY", "MelVAE", "MelVAEConfig", "released_state"]
+__all__ = ["DEAD_KEYS", "KEY_PREFIX", "SCALE_FACTOR_KEY", "MelVAE", "MelVAEConfig"]
 
 #: what the names start with in audioldm_48k.pth, inside its entry "state_dict"
 KEY_PREFIX = "first_stage_model."
@@ -50,14 +48,6 @@ class MelVAEConfig:
                     f"MelVAEConfig: channels * multiple must divide into {self.norm_groups} groups, got "
                     f"{self.channels} * {multiple}; correct the config"
                 )
-
-
-def released_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This network's tensors of audioldm_48k.pth, the scale factor among them."""
-    state = select_weights(tensors, KEY_PREFIX, DEAD_KEYS)
-    if SCALE_FACTOR_KEY in tensors:
-        state[SCALE_FACTOR_KEY] = tensors[SCALE_FACTOR_KEY]
-    return state
 
 
 def _group_norm(config: MelVAEConfig, channels: int) -> nn.GroupNorm:
@@ -170,7 +160,7 @@ class Decoder(nn.Module):
 
 
 class MelVAE(Float32Buffers):
-    """Latents to log-mel. State-dict names are those of `released_state`."""
+    """Latents to log-mel. State-dict names are those of audioldm_48k.pth without KEY_PREFIX, and `scale_factor`."""
 
     scale_factor: Tensor
 

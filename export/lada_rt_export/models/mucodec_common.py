@@ -14,7 +14,6 @@ __all__ = [
     "EvalBatchNorm",
     "Float32Buffers",
     "check_positive",
-    "fold_batch_norm",
     "group_norm_f32",
     "layer_norm_f32",
 ]
@@ -61,37 +60,6 @@ class EvalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-@torch.no_grad()
-def _fold_pair(conv: nn.Conv1d | nn.Conv2d, norm: EvalBatchNorm) -> None:
-    # float64: the product of two roundings would otherwise show up in near-tie codes
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    old = norm.running_mean.double() if conv.bias is None else norm.running_mean.double() - conv.bias.double()
-    shape = (-1,) + (1,) * (conv.weight.dim() - 1)
-    conv.weight.copy_(conv.weight.double() * scale.reshape(shape))
-    bias = norm.bias.double() - old * scale
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
-
-
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Fold every BatchNorm of `module` into the convolution before it, in place.
-
-    Modules that own such pairs list them as `norm_pairs`: (convolution name, norm name). The norms become
-    identities, so the state-dict keys change: fold after loading.
-
-    Returns:
-        The same module.
-
-    Source: mucodec spec 11, hazard 4.
-    """
-    for owner in list(module.modules()):
-        for conv_name, norm_name in getattr(owner, "norm_pairs", ()):
-            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
-            if isinstance(norm, EvalBatchNorm):
-                _fold_pair(conv, norm)
-                setattr(owner, norm_name, nn.Identity())
-    return module
 
 
 def layer_norm_f32(x: Tensor, size: int, eps: float) -> Tensor:

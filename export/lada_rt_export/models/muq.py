@@ -229,8 +229,6 @@ class MelFrontEnd(Float32Buffers):
 class ResidualConv2d(nn.Module):
     """Two 3x3 convolutions beside a strided 3x3 shortcut, halving both axes. Source: mucodec spec 2.6."""
 
-    norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
@@ -294,8 +292,6 @@ class RotarySelfAttention(nn.Module):
 
 class ConvModule(nn.Module):
     """Gated pointwise, depthwise and pointwise convolutions over time. Source: mucodec spec 2.7."""
-
-    norm_pairs = (("depthwise_conv", "batch_norm"),)
 
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()

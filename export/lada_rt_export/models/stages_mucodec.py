@@ -1,7 +1,7 @@
 """The MuCodec stages: modules whose forward arguments and results are the engine interface.
 
 Inputs and outputs are float32 or int64 whatever the weights are, so a caller never converts. Argument names
-are the input names of the exported graph; OUTPUT_NAMES gives those of the results.
+are the input names of the exported graph; `stages` names the results.
 """
 
 from __future__ import annotations
@@ -18,15 +18,7 @@ from lada_rt_export.models.muq import MuQ, resample_kernel, resample_to_24k
 from lada_rt_export.models.vocoder import Vocoder
 from lada_rt_export.models.vq import VQ, condition_grid, fold_condition
 
-__all__ = ["OUTPUT_NAMES", "EncoderStage", "FlowStage", "MelDecoderStage", "VocoderStage"]
-
-#: stage -> names of the outputs
-OUTPUT_NAMES = {
-    "encoder": ("codes",),
-    "flow": ("velocity",),
-    "mel_decoder": ("mel",),
-    "vocoder": ("waveform",),
-}
+__all__ = ["EncoderStage", "FlowStage", "MelDecoderStage", "VocoderStage"]
 
 
 class EncoderStage(Float32Buffers):

@@ -1,13 +1,14 @@
-"""Pick a network's own tensors out of a released state dict."""
+"""A network's own tensors out of a released state dict, as the goldens hold them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
+from lada_rt_export.models.mel_vae import DEAD_KEYS, KEY_PREFIX, SCALE_FACTOR_KEY
 from torch import Tensor
 
-__all__ = ["select_weights"]
+__all__ = ["mel_vae_state", "select_weights"]
 
 
 def select_weights(
@@ -34,3 +35,11 @@ def select_weights(
         if any(p.fullmatch(name) for p in keep_re) and not any(p.fullmatch(name) for p in drop_re):
             picked[name] = tensor
     return picked
+
+
+def mel_vae_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mel VAE's tensors of audioldm_48k.pth, the scale factor among them."""
+    state = select_weights(tensors, KEY_PREFIX, DEAD_KEYS)
+    if SCALE_FACTOR_KEY in tensors:
+        state[SCALE_FACTOR_KEY] = tensors[SCALE_FACTOR_KEY]
+    return state

@@ -419,7 +419,8 @@ def test_large_values_named_often_are_not_copied_each_time() -> None:
     # copied, the dictionaries alone take minutes
     assert time.process_time() - began < 20
     assert read[0] == 1
-    assert read[1].startswith("b'\\x00") and len(read[1]) == 200
+    assert read[1].startswith("b'\\x00")
+    assert len(read[1]) == 200
     assert list(read[2].values()) == [2]
 
 

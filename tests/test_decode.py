@@ -198,6 +198,29 @@ def test_crossfade_is_linear_in_the_overlap() -> None:
     np.testing.assert_array_equal(second[:, geometry.overlap_samples :], 1)
 
 
+@pytest.mark.parametrize("size", [1000, 1920, 3 * 1920 + 7, 100_000])
+def test_a_window_in_pieces_fades_as_a_whole_one(size: int) -> None:
+    """Overlaps of two codes, pieces that end within them, at their edges and past them; the same bits."""
+    geometry = CodecGeometry(window_codes=8, hop_codes=6, encode_window_codes=8)
+    n_codes = 19
+    n_samples, n_windows = geometry.n_samples(n_codes), geometry.n_windows(n_codes)
+    rng = np.random.default_rng(0)
+    windows = [
+        rng.standard_normal((2, rendered_samples(i, n_samples, geometry))).astype(np.float32) for i in range(n_windows)
+    ]
+    whole, parts = Crossfade(geometry, n_samples), Crossfade(geometry, n_samples)
+    expected, found = [], []
+    for i, window in enumerate(windows):
+        last = i + 1 == n_windows
+        expected.append(whole.push(window, last=last))
+        pieces = [window[:, start : start + size] for start in range(0, window.shape[1], size)]
+        found.append(np.concatenate([parts.push(piece, last=last) for piece in pieces], axis=1))
+    assert n_windows == 3
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert sum(piece.shape[1] for piece in found) == n_samples
+
+
 class Impulse:
     """A vocoder that shows which mel frame made each sample: no halo is needed, so blocks must line up exactly."""
 

@@ -118,7 +118,8 @@ def test_denoising_hands_nothing_over(mixed: Mixed, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_decoding_hands_nothing_over(mixed: Mixed, split: bool) -> None:
+def test_decoding_hands_nothing_over(mixed: Mixed, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lada_rt.torch_loop.decode.VOCODER_BLOCK_FRAMES", 100)
     engines = meta_engines()
     if not split:
         engines["flow"] = TorchEngine(small_modules()["flow"].to(META), OUTPUTS["flow"], META)
@@ -127,8 +128,8 @@ def test_decoding_hands_nothing_over(mixed: Mixed, split: bool) -> None:
     mixed.n_calls, mixed.found = 0, []
     noise = SeededNoise(3, GEOMETRY)
     windows = loop.decode_latents(VOCAL, STATS, GEOMETRY, n_steps=3, guidance=1.5, noise=noise)
-    audio = [renderer.render(window, GEOMETRY.window_samples) for window in windows]
-    assert [piece.shape for piece in audio] == [(2, GEOMETRY.window_samples)] * 2
+    audio = [piece.shape for window in windows for piece in renderer.render(window, GEOMETRY.window_samples)]
+    assert audio == [(2, 100 * 480), (2, GEOMETRY.window_samples - 100 * 480)] * 2
     assert mixed.n_calls > 500
     assert mixed.found == []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lada_rt import AudioError, EngineError, GenerationCancelled, GenerationParams, ParamError, Progress
-from lada_rt.decode import render_window
+from lada_rt.decode import VOCODER_BLOCK_FRAMES, render_pieces
 from lada_rt.pipeline import Pipeline
 from stubs import GEOMETRY, VOCAB, no_threads_left, stub_pipeline, sung
 
@@ -47,16 +47,21 @@ def test_chunks_joined_equal_generate(pipe: Pipeline, n_codes: int) -> None:
     assert result.codes.shape == (n_codes,)
     assert result.codes.dtype == np.int32
     assert ((result.codes >= 0) & (result.codes < VOCAB)).all()
-    assert len(chunks) == GEOMETRY.n_windows(n_codes)
-    starts = np.cumsum([0, *(c.samples.shape[1] for c in chunks)])
-    assert [c.start_sample for c in chunks] == starts[:-1].tolist()
+    # one for each block of the vocoder, from the start of every window on, up to where the next window fades in
+    hop, block, last = GEOMETRY.hop_samples, VOCODER_BLOCK_FRAMES * 480, GEOMETRY.n_windows(n_codes) - 1
+    starts = [
+        start
+        for window in range(last + 1)
+        for start in range(window * hop, result.audio.shape[1] if window == last else (window + 1) * hop, block)
+    ]
+    assert [c.start_sample for c in chunks] == starts
     assert {c.total_samples for c in chunks} == {result.audio.shape[1]}
 
 
 def test_blocks_of_the_vocoder_do_not_show(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     vocal = (sung(48_000 * 20), 48_000)
     usual = pipe.generate(vocal, params=FAST).audio
-    monkeypatch.setattr("lada_rt.decode.render_window", functools.partial(render_window, block_frames=4096))
+    monkeypatch.setattr("lada_rt.decode.render_pieces", functools.partial(render_pieces, block_frames=4096))
     np.testing.assert_allclose(pipe.generate(vocal, params=FAST).audio, usual, atol=1e-6)
 
 
@@ -134,7 +139,7 @@ def test_callback_cancels_at_any_stage(pipe: Pipeline, stage: str) -> None:
 
 
 def test_nothing_competes_with_the_first_window(pipe: Pipeline) -> None:
-    """First audio must not wait for more than its own window; later windows do overlap."""
+    """First audio must not wait for more than flow and mel of its own window, and one block of the waveform."""
     events: list[str] = []
 
     class Watch:
@@ -148,7 +153,7 @@ def test_nothing_competes_with_the_first_window(pipe: Pipeline) -> None:
 
     pipe._engines |= {name: Watch(name) for name in ("flow", "vocoder")}
     timings = pipe.generate((sung(48_000 * 150), 48_000), params=FAST).timings
-    first_flow, first_render = FAST.flow_steps, 2 * 8  # eight vocoder blocks for each channel
+    first_flow, first_render = FAST.flow_steps, 2  # a block of each channel
     assert events[: first_flow + first_render] == ["flow"] * first_flow + ["vocoder"] * first_render
     bound = timings.encode_s + timings.condition_s + timings.denoise_s + timings.first_window_s
     assert timings.first_audio_s >= bound * 0.99

@@ -17,7 +17,7 @@ from device_stages import (
     whole_engines,
 )
 from lada_rt.bench.roofline import ModelSizes
-from lada_rt.decode import SeededNoise, decode_latents, render_window, solve_flow
+from lada_rt.decode import SeededNoise, decode_latents, render_pieces, render_window, solve_flow
 from lada_rt.engines.base import loop_of
 from lada_rt.euler import EulerTable
 from lada_rt.geometry import CodecGeometry
@@ -179,14 +179,17 @@ def test_statistics_on_the_device_have_the_bits_of_the_host() -> None:
         assert np.array_equal(found, getattr(STATS, name)(latents)), name
 
 
-def test_one_pass_vocoder_equals_the_blocks(modules: dict[str, nn.Module]) -> None:
+def test_pieces_of_the_vocoder_equal_the_blocks(modules: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lada_rt.torch_loop.decode.VOCODER_BLOCK_FRAMES", 80)
     whole = whole_engines(modules)
     engines = engines_on_device(whole, GEOMETRY)
     latents = np.random.default_rng(9).standard_normal((32, 32, 32)).astype(np.float32)
-    for n_samples in (1, 480, 60_001, GEOMETRY.window_samples):
+    first = 80 * 480
+    for n_samples in (1, 480, first, first + 1, 60_001, GEOMETRY.window_samples):
         blocks = render_window(whole, latents, n_samples, GEOMETRY, block_frames=64)
-        once = render_window(engines, latents, n_samples, GEOMETRY)
-        assert np.abs(blocks - once).max() < 1e-6
+        pieces = list(render_pieces(engines, latents, n_samples, GEOMETRY))
+        assert [piece.shape[1] for piece in pieces] == [n for n in (min(first, n_samples), n_samples - first) if n > 0]
+        assert np.abs(blocks - np.concatenate(pieces, axis=1)).max() < 1e-6
 
 
 def test_windows_resume_after_earlier_ones(modules: dict[str, nn.Module]) -> None:

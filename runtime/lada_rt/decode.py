@@ -24,6 +24,7 @@ __all__ = [
     "LatentStats",
     "SeededNoise",
     "decode_latents",
+    "render_pieces",
     "render_window",
     "render_windows",
     "rendered_samples",
@@ -198,15 +199,15 @@ def rendered_samples(index: int, n_samples: int, geometry: CodecGeometry) -> int
     return min(geometry.window_samples, n_samples - index * geometry.hop_samples)
 
 
-def render_window(
+def render_pieces(
     engines: Mapping[str, Engine],
     latents: ArrayLike,
     n_samples: int,
     geometry: CodecGeometry,
     *,
     block_frames: int = VOCODER_BLOCK_FRAMES,
-) -> np.ndarray:
-    """Latents of one window to its first `n_samples` of audio.
+) -> Iterator[np.ndarray]:
+    """Latents of one window to its first `n_samples` of audio, given out as the vocoder makes them.
 
     Args:
         engines: holds the `mel_decoder` and `vocoder` stages.
@@ -215,28 +216,37 @@ def render_window(
         geometry: rates and window sizes.
         block_frames: mel frames vocoded at once.
 
-    Returns:
-        [2, n_samples] float32 in (-1, 1).
+    Yields:
+        [2, n] float32 in (-1, 1), one after the other.
     """
     loop = loop_of(engines["mel_decoder"])
     if loop is not None:
-        return loop(latents, n_samples)
+        yield from loop(latents, n_samples)
+        return
     per_frame = geometry.samples_per_mel_frame
     n_frames = math.ceil(n_samples / per_frame)
-    audio = np.empty((2, n_frames * per_frame), np.float32)
-    for channel, half in enumerate(np.split(np.asarray(latents), 2)):
-        # One audio channel at a time: the mel decoder's largest maps would otherwise double. It is not blocked in time,
-        # as its GroupNorms and its attention span the window: blocks would change the result. At full size the process
-        # takes 4.6 GB beside the mapped weights (bench/results/2026-11-25-cpu-loaded-full-size.json).
-        mel = engines["mel_decoder"].run(latents=half[None])["mel"]  # [1, 256, 8 L]
-        for start in range(0, n_frames, block_frames):
-            stop = min(start + block_frames, n_frames)
-            left = max(start - VOCODER_HALO_FRAMES, 0)
-            right = min(stop + VOCODER_HALO_FRAMES, mel.shape[2])
-            wave = engines["vocoder"].run(mel=np.ascontiguousarray(mel[:, :, left:right]))["waveform"][0]
-            offset = (start - left) * per_frame
-            audio[channel, start * per_frame : stop * per_frame] = wave[offset : offset + (stop - start) * per_frame]
-    return audio[:, :n_samples]
+    # One audio channel at a time: the mel decoder's largest maps would otherwise double. It is not blocked in time, as
+    # its GroupNorms and its attention span the window: blocks would change the result. At full size the process takes
+    # 4.6 GB beside the mapped weights (bench/results/2026-11-25-cpu-loaded-full-size.json).
+    mels = [engines["mel_decoder"].run(latents=half[None])["mel"] for half in np.split(np.asarray(latents), 2)]
+    for start in range(0, n_frames, block_frames):
+        stop = min(start + block_frames, n_frames)
+        left, right = max(start - VOCODER_HALO_FRAMES, 0), min(stop + VOCODER_HALO_FRAMES, mels[0].shape[2])
+        wanted = slice((start - left) * per_frame, min(stop * per_frame, n_samples) - left * per_frame)
+        waves = [engines["vocoder"].run(mel=np.ascontiguousarray(mel[:, :, left:right]))["waveform"] for mel in mels]
+        yield np.concatenate([wave[:, wanted] for wave in waves])
+
+
+def render_window(
+    engines: Mapping[str, Engine],
+    latents: ArrayLike,
+    n_samples: int,
+    geometry: CodecGeometry,
+    *,
+    block_frames: int = VOCODER_BLOCK_FRAMES,
+) -> np.ndarray:
+    """The pieces of `render_pieces` joined, [2, n_samples] float32 in (-1, 1)."""
+    return np.concatenate(list(render_pieces(engines, latents, n_samples, geometry, block_frames=block_frames)), axis=1)
 
 
 def render_windows(
@@ -261,10 +271,15 @@ def render_windows(
     """
     crossfade = Crossfade(geometry, stop_sample - windows.start * geometry.hop_samples)
     for index, window in zip(windows, latents, strict=True):
-        audio = render_window(engines, window, rendered_samples(index, stop_sample, geometry), geometry)
-        final = crossfade.push(audio, last=index + 1 == windows.stop)
-        on_window(index + 1 - windows.start, len(windows))
-        yield final
+        last = index + 1 == windows.stop
+        n_samples = to_come = rendered_samples(index, stop_sample, geometry)
+        for piece in render_pieces(engines, window, n_samples, geometry):
+            final = crossfade.push(piece, last=last)
+            to_come -= piece.shape[1]
+            if to_come == 0:
+                on_window(index + 1 - windows.start, len(windows))
+            if final.shape[1]:
+                yield final
 
 
 class Crossfade:
@@ -276,22 +291,38 @@ class Crossfade:
 
     def __init__(self, geometry: CodecGeometry, n_samples: int) -> None:
         self._overlap = geometry.overlap_samples
+        self._window = geometry.window_samples
         self._remaining = n_samples
         self._ramp = np.linspace(0.0, 1.0, self._overlap)
+        # of the window before, and what has come of the window in hand: its length so far and its end
         self._tail: np.ndarray | None = None
+        self._position = 0
+        self._end: list[np.ndarray] = []
 
-    def push(self, window: np.ndarray, *, last: bool) -> np.ndarray:
-        """Add the next window [2, n] and return the samples that are now final, [2, m] float32.
+    def push(self, piece: np.ndarray, *, last: bool) -> np.ndarray:
+        """Add the next piece [2, n] of the window in hand and return the samples that are now final, [2, m] float32.
 
-        The last window may be shorter than the others, as nothing past the song's end is rendered; it always holds
-        more than the overlap, because a window is only there for codes beyond it.
+        Every window but the last is whole. The last may be shorter, as nothing past the song's end is rendered; it
+        always holds more than the overlap, because a window is only there for codes beyond it.
+
+        Args:
+            piece: never across the end of a window.
+            last: whether the window in hand is the last one.
         """
-        if self._tail is not None:
-            head, rest = np.split(window, [self._overlap], axis=1)
-            faded = self._tail * (1.0 - self._ramp) + head * self._ramp  # float64, as the released program mixes
-            window = np.concatenate([faded.astype(np.float32), rest], axis=1)
-        final = window if last else window[:, : -self._overlap]
-        self._tail = None if last else window[:, -self._overlap :]
+        start, stop = self._position, self._position + piece.shape[1]
+        if self._tail is not None and start < self._overlap:
+            head, rest = np.split(piece, [self._overlap - start], axis=1)
+            here = slice(start, start + head.shape[1])
+            ramp = self._ramp[here]
+            faded = self._tail[:, here] * (1.0 - ramp) + head * ramp  # float64, as the released program mixes
+            piece = np.concatenate([faded.astype(np.float32), rest], axis=1)
+        self._position = stop
+        final = piece
+        if not last:
+            final, end = np.split(piece, [max(0, self._window - self._overlap - start)], axis=1)
+            self._end.append(end)
+            if stop == self._window:
+                self._tail, self._position, self._end = np.concatenate(self._end, axis=1), 0, []
         final = final[:, : self._remaining]
         self._remaining -= final.shape[1]
         return np.ascontiguousarray(final)

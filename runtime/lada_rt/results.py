@@ -60,7 +60,8 @@ class Timings:
         encode_s, condition_s, denoise_s, decode_s: the four stages; decode is everything after the last denoising step.
         total_s: from the start of the work to the last sample.
         first_audio_s: from the start of the work to the first sample (TTFA).
-        first_window_s: busy seconds of flow, mel decoder and vocoder until then, one window's.
+        first_window_s: busy seconds of flow, mel decoder and vocoder until then: flow and mel of one window, and the
+            waveform of its first seconds.
         queue_s: waiting for a free slot of the pipeline before the work started; not in total_s.
         audio_s: duration of the audio made.
         rtf: total_s / audio_s (LaDA-Band, appendix B.3); lower is better.

@@ -33,7 +33,7 @@ def loop_of(engine: Engine) -> Callable[..., Any] | None:
     """The loop around a stage where the engine runs it itself, on its own device; None where `run` is all it has.
 
     Such an engine has an attribute `loop`, which takes what follows the engine in the arguments of `denoise.denoise`
-    (denoiser), `decode.decode_latents` (flow) or `decode.render_window` (mel decoder, the vocoder included), and gives
+    (denoiser), `decode.decode_latents` (flow) or `decode.render_pieces` (mel decoder, the vocoder included), and gives
     what they give. Those functions hand over to it, so that each of their callers runs on the device without knowing.
     """
     return getattr(engine, "loop", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lada_rt.decode import VOCODER_HALO_FRAMES, LatentStats, SeededNoise, window_codes
+from lada_rt.decode import VOCODER_BLOCK_FRAMES, VOCODER_HALO_FRAMES, LatentStats, SeededNoise, window_codes
 from lada_rt.geometry import CodecGeometry
 from lada_rt.torch_loop.device import DeviceEngine, engine_errors, marked, to_device, to_host
 from lada_rt.torch_loop.flow import FlowSolver
@@ -180,7 +181,11 @@ class DecodeLoop:
 
 
 class Renderer:
-    """`lada_rt.decode.render_window` around mel decoder and vocoder, on a stream of its own."""
+    """`lada_rt.decode.render_pieces` around mel decoder and vocoder, on a stream of its own.
+
+    The vocoder works on both channels at once, first on what one block of the host's would hold, then on all the rest:
+    the first sound does not wait for a whole window of it.
+    """
 
     def __init__(self, engines: Mapping[str, DeviceEngine], geometry: CodecGeometry, device: torch.device) -> None:
         """Args: engines: holds the `mel_decoder` and `vocoder` stages."""
@@ -191,7 +196,7 @@ class Renderer:
         # Higher priority than the flow beside it: the chunk in hand goes out first.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def render(self, latents: ArrayLike, n_samples: int) -> np.ndarray:
+    def render(self, latents: ArrayLike, n_samples: int) -> Iterator[np.ndarray]:
         """Latents of one window to its first `n_samples` of audio; waits for them.
 
         Args:
@@ -199,17 +204,29 @@ class Renderer:
                 (spec/mucodec 6).
             n_samples: 1..window_samples.
 
-        Returns:
-            [2, n_samples] float32 in (-1, 1).
+        Yields:
+            [2, n] float32 in (-1, 1), one after the other.
 
         Raises:
             EngineError: the backend failed or ran out of memory.
         """
-        with engine_errors("mel_decoder"):
-            if self._stream is None:
-                return to_host(self._audio(self._here(latents), n_samples))
-            with torch.cuda.stream(self._stream):
-                return to_host(self._audio(self._here(latents), n_samples))
+        per_frame = self._geometry.samples_per_mel_frame
+        n_frames = math.ceil(n_samples / per_frame)
+        with self._working():
+            mel = self._mel(self._here(latents))
+        # nothing is yielded inside `_working`: the consumer's own work does not belong on this stream
+        for start, stop in ((0, VOCODER_BLOCK_FRAMES), (VOCODER_BLOCK_FRAMES, n_frames)):
+            if start < n_frames:
+                with self._working():
+                    wave = self._wave(mel, start, min(stop, n_frames))
+                    audio = to_host(wave[:, : n_samples - start * per_frame])
+                yield audio
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with engine_errors("mel_decoder"), on_stream:
+            yield
 
     def _here(self, latents: ArrayLike) -> Tensor:
         """[32, L, 32] float32 on the device, for the current stream."""
@@ -220,14 +237,19 @@ class Renderer:
             latents.latents.record_stream(self._stream)
         return latents.latents
 
-    def _audio(self, latents: Tensor, n_samples: int) -> Tensor:
-        n_frames = math.ceil(n_samples / self._geometry.samples_per_mel_frame)
+    def _mel(self, latents: Tensor) -> Tensor:
+        """[2, 256, 8 L], of both channels."""
         mels = []
         for half in latents.chunk(2):
             # One audio channel at a time: the mel decoder's largest maps would otherwise double.
             with marked("mel_decoder", self._device):
-                mel = self._mel_decoder.run_device(latents=half[None].contiguous())["mel"]  # [1, 256, 8 L]
-            mels.append(mel[:, :, : n_frames + VOCODER_HALO_FRAMES])
+                mels.append(self._mel_decoder.run_device(latents=half[None].contiguous())["mel"])
+        return torch.cat(mels)
+
+    def _wave(self, mel: Tensor, start: int, stop: int) -> Tensor:
+        """The sound of the mel frames from `start` to `stop`, [2, n]."""
+        left, right = max(start - VOCODER_HALO_FRAMES, 0), min(stop + VOCODER_HALO_FRAMES, mel.shape[2])
         with marked("vocoder", self._device):
-            wave = self._vocoder.run_device(mel=torch.cat(mels))["waveform"]  # [2, 480 F + 16]
-        return wave[:, :n_samples]
+            wave = self._vocoder.run_device(mel=mel[:, :, left:right].contiguous())["waveform"]  # [2, 480 F + 16]
+        per_frame = self._geometry.samples_per_mel_frame
+        return wave[:, (start - left) * per_frame : (stop - left) * per_frame]

@@ -1,8 +1,8 @@
 """One generation: its inputs, its threads, its counters, and what came out.
 
 Everything up to the latents of a window runs in a thread of its own, mel and waveform in the caller's, so that window i
-is rendered while the flow of window i+1 is solved. The first window alone is not overlapped: its audio is what somebody
-waits for, so nothing competes with it.
+is rendered while the flow of window i+1 is solved. The first sound is what somebody waits for: until it is out nothing
+competes with it, and it comes with the first block of the vocoder.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Run:
         self.total_samples: int | None = None
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """Render each window as its latents arrive, and yield what is final."""
+        """Render each window as its latents arrive, and yield what is final, block by block of the vocoder."""
         geometry, report = self._loaded.bundle.geometry, self._report
         self._loaded.check_process()
         with report.holding(self._loaded.slots), closing(run_ahead(self._latents(), report.cancel)) as latents:

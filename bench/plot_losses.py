@@ -24,11 +24,16 @@ def draw(path: Path, stages: list[dict[str, Any]]) -> None:
     for axis in axes.flat[len(stages) :]:
         axis.axis("off")
     for axis, stage in zip(axes.flat, stages, strict=False):
-        rows = stage["rows"]
-        steps = [row["step"] for row in rows]
-        for name in (name for name in rows[0] if name not in ("step", "entropy_bits")):
+        # a loss may have come later than the others
+        for name in (name for name in stage["rows"][-1] if name not in ("step", "entropy_bits")):
+            rows = [row for row in stage["rows"] if name in row]
             values = [row[name] for row in rows]
-            axis.plot(steps, values, label=f"{name} ({values[-1]:.3g})", linewidth=2 if name == "loss" else 1)
+            axis.plot(
+                [row["step"] for row in rows],
+                values,
+                label=f"{name} ({values[-1]:.3g})",
+                linewidth=2 if name == "loss" else 1,
+            )
         axis.set(title=f"{stage['stage']}, {stage['seconds'] / 60:.0f} min", xlabel="step", yscale="log")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -97,7 +97,8 @@ def music_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{settings['n_songs']} unseen songs of {length} s, {settings['steps']} steps, {settings['flow_steps']} flow",
-        f"steps; ratios of chords after chance ({report['chord_chance']:.2f}) is taken off.",
+        f"steps; ratios of chords after chance ({report['chord_chance']:.2f}) is taken off, none if nothing of another",
+        "song's is left then.",
         f"Level where nobody sings, over the truth's: {levels}.",
     ]
     return "\n".join(lines)

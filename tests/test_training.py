@@ -24,7 +24,16 @@ from lada_rt_export.demo.training import features, flow, loop, runner
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.codes import CodecEngine
 from lada_rt_export.demo.training.data import song_seed
-from lada_rt_export.demo.training.predictor import NO_LABEL, PredictorModules, frame_labels, masked_loss
+from lada_rt_export.demo.training.predictor import (
+    NO_LABEL,
+    SILENCED,
+    SUNG,
+    UNSUNG,
+    PredictorModules,
+    PredictorSongs,
+    frame_labels,
+    masked_loss,
+)
 from lada_rt_export.demo.training.sizes import PRESETS, Budget
 from lada_rt_export.demo.training.style import StyleModules
 from lada_rt_export.models.flow import Flow, FlowConfig
@@ -66,6 +75,13 @@ def bundle(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _copy(trained: Path, to: Path, without: str) -> Path:
     shutil.copytree(trained, to, ignore=shutil.ignore_patterns(f"{without}.pt", f"{without}.losses.json"))
     return to
+
+
+def test_collected_logits_are_sharper(weights: Path, trained: Path) -> None:
+    modules = PredictorModules(TOY)
+    loop.load_weights(trained, "refine", modules)
+    collected = load_file(weights)["mask_predictor.to_logits.weight"]
+    assert torch.equal(collected.float(), 2 * modules.net.to_logits.weight)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -230,10 +246,33 @@ def test_masked_loss_of_a_net_that_knows_nothing() -> None:
     assert masked_loss(net, vocal, codes, torch.zeros(4, 2, 8), 0).detection.item() == 0
 
 
+def test_a_loss_over_the_frames_that_count_is_never_empty() -> None:
+    torch.manual_seed(0)
+    net = MaskPredictor(MaskPredictorConfig(16, 1, 2, 2, 16, 32, 32, condition_size=8, rtd_head=True))
+    codes, ignored = torch.randint(0, 32, (1, 20)), torch.ones(1, 20, dtype=torch.bool)
+    ignored[0, 7] = False
+    for _ in range(30):
+        # about half of the draws leave frame 7 unmasked at first
+        assert math.isfinite(masked_loss(net, codes, codes, torch.zeros(1, 2, 8), 0, ignored).cross_entropy.item())
+
+
+def test_spans_of_the_vocal_are_taken_away(trained: Path) -> None:
+    songs = PredictorSongs(TOY, trained / "predictor", SEED, "cpu")
+    vocal, _, _, labels = songs.crops(np.random.default_rng(0), 40, 96)
+    silences = [
+        set(s["vocals"][:, : len(s["labels"][2])][:, s["labels"][2] == UNSUNG].ravel()) for s in map(songs.song, (0, 1))
+    ]
+    silenced = labels[:, 2] == SILENCED
+    assert 10 <= int(silenced.any(dim=1).sum()) <= 30
+    for codes, span in zip(vocal, silenced, strict=True):
+        assert int(span.sum()) <= 96 // 3
+        assert any(set(codes[span].tolist()) <= silence for silence in silences)
+
+
 def test_frames_are_labelled_with_their_chord_and_sixteenth() -> None:
     score = compose(7, duration_s=12.0)
     n_frames, rate_hz = 320, 25.0
-    chord, place = frame_labels(score, n_frames, rate_hz)
+    chord, place, sung, tempo = frame_labels(score, n_frames, rate_hz)
     times = (np.arange(n_frames) + 0.5) / rate_hz
     for one in score.form.chords():
         inside = (times >= one.start_s) & (times < one.end_s)
@@ -245,6 +284,10 @@ def test_frames_are_labelled_with_their_chord_and_sixteenth() -> None:
         # the frame after a downbeat, and the last before the next
         assert place[np.searchsorted(times, start)] == 0, bar
         assert place[np.searchsorted(times, beats[4 * bar + 4]) - 1] == 15, bar
+    for section in score.form.sections():
+        inside = (times >= section.start_s) & (times < section.end_s)
+        assert set(sung[inside]) == {SUNG if section.name in ("verse", "chorus") else UNSUNG}, section
+    assert set(tempo + 70) == {score.form.tempo_bpm}
     outside = times >= max(score.form.chords()[-1].end_s, beats[-1])
     assert set(chord[outside]) | set(place[outside]) <= {NO_LABEL}
 

@@ -99,6 +99,8 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
     }
     for name, module in stages.items():
         load_weights(folder, name, module)
+    head = predictor.net.to_logits.weight
+    head.copy_((head * sizes.logits_gain).half())
     networks: dict[str, nn.Module] = {
         "muq": codec.muq,
         "vq": codec.vq,

@@ -7,9 +7,10 @@ which differ from the truth. As in the paper its gradient reaches the backbone; 
 It runs on a quarter of the rows, for the price of a second forward. Reference and text slots are dropped independently,
 the text less often. Crops are short at first and then whole songs.
 
-Beyond the paper, two heads that inference does without read the chord and the place in the bar from every hidden state;
-the generator knows both. Codes say harmony and metre only between the lines: with the codes' loss alone a network of
-this size had learned after 4000 steps to sound the right chord on a quarter of the beats.
+Beyond the paper, heads that inference does without read the chord and the place in the bar from every hidden state, and
+the tempo from those of the middle layer, whose successors count with it; the generator knows all three. Codes say
+harmony and metre only between the lines: with the codes' loss alone a network of this size had learned after 4000 steps
+to sound the right chord on a quarter of the beats.
 """
 
 from __future__ import annotations
@@ -34,23 +35,37 @@ __all__ = ["Masked", "PredictorModules", "PredictorSongs", "PredictorTask", "fra
 RTD_WEIGHT = 0.2
 #: exponent of a uniform r
 _EARLY = 1.5
-_CHORD_WEIGHT, _PLACE_WEIGHT = 0.5, 0.5
+_CHORD_WEIGHT, _PLACE_WEIGHT, _TEMPO_WEIGHT = 0.5, 1.0, 0.3
+#: of a frame where nobody sings, in the losses of chord and place: there the beat must be counted on from afar, which
+#: is not learned otherwise
+_UNSUNG_WEIGHT = 4.0
 #: how often the reference and the text slot are empty: the common request is a text alone
 _DROP_SLOTS = (0.6, 0.25)
-#: major triads from C, minor triads from C; sixteenths of a bar
-N_CHORDS, N_PLACES = 24, 16
+#: major triads from C, minor triads from C; sixteenths of a bar; whole beats a minute
+N_CHORDS, N_PLACES, N_TEMPI = 24, 16, 81
+LOWEST_TEMPO_BPM = 70
 #: of a frame outside the chords or the beats, which no loss counts
 NO_LABEL = -100
+#: what is sung in a frame: nothing in its section, its section, or the section but the training took it away
+UNSUNG, SUNG, SILENCED = 0, 1, 2
+#: rows of a batch of which a span of the vocal is taken away, so that counting on is learned at any distance
+_SILENCED_SHARE = 0.5
 
 
 def frame_labels(score: Score, n_frames: int, rate_hz: float) -> np.ndarray:
-    """Chord and place in the bar of each frame.
+    """Chord, place in the bar, whether somebody sings, and tempo, of each frame.
 
     Returns:
-        [2, n_frames] int64: `Chord.triad`, and 0..15 for the sixteenth of the bar; NO_LABEL where there is none.
+        [4, n_frames] int64: `Chord.triad`, and 0..15 for the sixteenth of the bar, NO_LABEL where there is none; UNSUNG
+        or SUNG; 0..80 for 70 to 150 bpm.
     """
     times = (np.arange(n_frames) + 0.5) / rate_hz
-    labels = np.full((2, n_frames), NO_LABEL, np.int64)
+    labels = np.full((4, n_frames), NO_LABEL, np.int64)
+    labels[2] = UNSUNG
+    labels[3] = round(score.form.tempo_bpm) - LOWEST_TEMPO_BPM
+    for section in score.form.sections():
+        if section.has_vocal:
+            labels[2, (times >= section.start_s) & (times < section.end_s)] = SUNG
     for chord in score.form.chords():
         inside = (times >= chord.start_s) & (times < chord.end_s)
         labels[0, inside] = chord.triad
@@ -82,12 +97,12 @@ class PredictorSongs:
 
     def crops(self, rng: np.random.Generator, batch: int, n_frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """vocal and accompaniment codes [B, n] int64, padded where a song is shorter, prefix [B, 2, F] in the runtime's
-        order: reference, text; and labels [B, 2, n] int64."""
+        order: reference, text; and labels [B, 4, n] int64."""
         config = self.sizes.predictor
         vocal = np.full((batch, n_frames), config.vocal_pad, np.int64)
         codes = np.full((batch, n_frames), config.pad_id, np.int64)
         prefix = np.zeros((batch, 2, config.condition_size), np.float32)
-        labels = np.full((batch, 2, n_frames), NO_LABEL, np.int64)
+        labels = np.full((batch, 4, n_frames), NO_LABEL, np.int64)
         for row in range(batch):
             song = self.song(int(rng.integers(self.sizes.n_predictor_songs)))
             take, reference, text = (int(rng.integers(len(song[k]))) for k in ("vocals", "references", "texts"))
@@ -97,24 +112,39 @@ class PredictorSongs:
             vocal[row, :n] = song["vocals"][take, start : start + n]
             codes[row, :n] = song["accompaniment"][start : start + n]
             labels[row, :, :n] = song["labels"][:, start : start + n]
+            silence = song["vocals"][take, : len(song["labels"][2])][song["labels"][2] == UNSUNG]
+            if rng.random() < _SILENCED_SHARE and len(silence):
+                span = _draw_span(rng, n)
+                vocal[row, span] = np.resize(silence, span.stop - span.start)
+                labels[row, 2, span] = SILENCED
             keep = rng.random(2) >= _DROP_SLOTS
             prefix[row] = np.stack([song["references"][reference], song["texts"][text]]) * keep[:, None]
         arrays = (torch.from_numpy(x).to(self.device) for x in (vocal, codes, prefix, labels))
         return next(arrays), next(arrays), next(arrays), next(arrays)
 
 
+def _draw_span(rng: np.random.Generator, n: int) -> slice:
+    """A part of n frames, up to a third of them, that may touch either end."""
+    length = int(rng.integers(n // 20, n // 3 + 1))
+    start = int(rng.integers(-length // 2, n - length // 2))
+    return slice(max(0, start), min(n, start + length))
+
+
 @dataclass(frozen=True, slots=True)
 class Masked:
     """Of a batch: mean cross-entropy over masked frames, mean binary cross-entropy of the detection, share of right
-    codes among the masked, and the hidden states [B, n, H] of the frames."""
+    codes among the masked, and the states [B, n, H] of the frames, at the end and behind the middle layer."""
 
     cross_entropy: Tensor
     detection: Tensor
     right: Tensor
     hidden: Tensor
+    middle: Tensor
 
 
-def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor, n_detected: int) -> Masked:
+def masked_loss(
+    net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor, n_detected: int, ignored: Tensor | None = None
+) -> Masked:
     """The objective over a batch; masks are drawn from torch's global generator.
 
     Args:
@@ -122,6 +152,7 @@ def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor
         vocal, codes: [B, n] int64, padded.
         prefix: [B, P, F].
         n_detected: rows that replaced-token detection runs on; without any its loss is zero.
+        ignored: [B, n] bool, frames whose codes are not learned; never all of a row.
     """
     config = net.config
     batch, n = codes.shape
@@ -129,13 +160,15 @@ def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor
     r = (torch.randperm(batch, device=codes.device) + torch.rand(batch, device=codes.device)) / batch
     share = (math.pi / 2 * r**_EARLY).cos()[:, None]
     masked = (torch.rand(batch, n, device=codes.device) < share) & valid
+    free = valid if ignored is None else valid & ~ignored
     # a row that escaped is masked at its first frame, so that no loss is empty
-    masked[:, 0] |= ~masked.any(dim=1)
+    masked[torch.arange(batch, device=codes.device), free.int().argmax(dim=1)] |= ~(masked & free).any(dim=1)
     given = torch.where(masked, config.mask_id, codes)
     key_mask = None if bool(valid.all()) else valid
     first: dict[str, Tensor] = {}
     logits = net(vocal, given, prefix, key_mask=key_mask, collect=first)[:, prefix.shape[1] :].float()
-    cross_entropy = F.cross_entropy(logits[masked], codes[masked])
+    counted = masked & free
+    cross_entropy = F.cross_entropy(logits[counted], codes[counted])
     guesses = logits.detach().argmax(dim=2)
     right = (guesses == codes)[masked].float().mean()
     detection = cross_entropy.new_zeros(())
@@ -147,17 +180,19 @@ def masked_loss(net: MaskPredictor, vocal: Tensor, codes: Tensor, prefix: Tensor
         found = net.rtd_logits(collected["hidden"])[:, prefix.shape[1] :].float()
         replaced = (filled != codes[rows]).float()
         detection = F.binary_cross_entropy_with_logits(found[valid[rows]], replaced[valid[rows]])
-    return Masked(cross_entropy, detection, right, first["hidden"][:, prefix.shape[1] :])
+    hidden, middle = (first[name][:, prefix.shape[1] :] for name in ("hidden", f"layer{config.n_layers // 2}_out"))
+    return Masked(cross_entropy, detection, right, hidden, middle)
 
 
 class PredictorModules(nn.Module):
-    """The mask predictor, and the two heads that only training needs."""
+    """The mask predictor, and the heads that only training needs."""
 
     def __init__(self, sizes: TrainingSizes) -> None:
         super().__init__()
         self.net = MaskPredictor(sizes.predictor)
         self.chord = nn.Linear(sizes.predictor.hidden_size, N_CHORDS)
         self.place = nn.Linear(sizes.predictor.hidden_size, N_PLACES)
+        self.tempo = nn.Linear(sizes.predictor.hidden_size, N_TEMPI)
 
 
 class PredictorTask:
@@ -175,11 +210,17 @@ class PredictorTask:
         vocal, codes, prefix, labels = self.songs.crops(rng, batch, n_frames)
         # small batches take turns: over time it is a quarter of the rows, and their mean
         n_detected = (step + 1) * batch // 4 - step * batch // 4
-        found = masked_loss(self.modules.net, vocal, codes, prefix, n_detected)
+        # codes of a verse are no example of what to play where nobody sings
+        found = masked_loss(self.modules.net, vocal, codes, prefix, n_detected, labels[:, 2] == SILENCED)
         detection = found.detection * max(1, 4 / batch)
-        chord = _labelled_loss(self.modules.chord(found.hidden), labels[:, 0])
-        place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1])
-        loss = found.cross_entropy + RTD_WEIGHT * detection + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place
+        weights = torch.where(labels[:, 2] == SUNG, 1.0, _UNSUNG_WEIGHT)
+        chord = _labelled_loss(self.modules.chord(found.hidden), labels[:, 0], weights)
+        place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1], weights)
+        # what the layers pass on is not normalised
+        middle = F.rms_norm(found.middle, found.middle.shape[2:])
+        tempo = _labelled_loss(self.modules.tempo(middle), labels[:, 3], torch.ones_like(weights))
+        loss = found.cross_entropy + RTD_WEIGHT * detection
+        loss = loss + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place + _TEMPO_WEIGHT * tempo
         return {
             "loss": loss,
             "masked": found.cross_entropy,
@@ -187,10 +228,11 @@ class PredictorTask:
             "right": found.right,
             "chord": chord,
             "place": place,
+            "tempo": tempo,
         }
 
 
-def _labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, n, C] over the frames that have a label; zero if none has."""
-    total = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="sum")
-    return total / (labels != NO_LABEL).sum().clamp(min=1)
+def _labelled_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of logits [B, n, C] over the frames that have a label; zero if none has."""
+    each = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none")
+    return (each * weights).sum() / (weights * (labels != NO_LABEL)).sum().clamp(min=1)

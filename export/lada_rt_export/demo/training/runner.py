@@ -11,7 +11,7 @@ half of the sum if two stages run side by side: mel_vae beside codec or codes, f
     codes      960 songs            2.8 s                                       0.7 h
     flow       6000 steps           0.38 s, whole windows 0.9 s                 0.7 h
     predictor  9000 steps           0.34 s, whole songs 0.6 s                   1.0 h
-    refine     18600 steps          0.6 s                                       3.1 h
+    refine     36000 steps          0.6 s                                       6.0 h
 """
 
 from __future__ import annotations

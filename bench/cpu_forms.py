@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from lada_rt.bench import machine
 from lada_rt.bench.check import relative_error
 from lada_rt.bundle import Bundle, demo_bundle_path
-from lada_rt.decode import VOCODER_HALO_FRAMES
+from lada_rt.decode import with_halo
 from lada_rt.engines.onnxruntime import cpu_count, load_onnxruntime
 from lada_rt_export.models.mel_vae import Upsample
 from lada_rt_export.models.muq import MelFrontEnd, MuQConfig
@@ -156,15 +156,15 @@ def vocoder_blocks(bundle: Bundle, repeat: int) -> dict[str, Any]:
     """A whole window of one channel, so many mel frames at a time with the halo around them."""
     engine = session(str(bundle.file_path(bundle.stages["vocoder"].graph)), {})
     mel = np.random.default_rng(0).standard_normal((1, 256, 4096)).astype(np.float32) - 5
-    n_frames, per_frame, halo = mel.shape[2], bundle.geometry.samples_per_mel_frame, VOCODER_HALO_FRAMES
+    n_frames, per_frame = mel.shape[2], bundle.geometry.samples_per_mel_frame
 
     def run(block: int) -> np.ndarray:
         audio = []
         for start in range(0, n_frames, block):
-            left, stop = max(start - halo, 0), min(start + block, n_frames)
-            part = np.ascontiguousarray(mel[:, :, left : min(stop + halo, n_frames)])
-            wave = engine.run(None, {"mel": part})[0][0]
-            audio.append(wave[(start - left) * per_frame : (stop - left) * per_frame])
+            stop = min(start + block, n_frames)
+            span = with_halo(start, stop, n_frames)
+            wave = engine.run(None, {"mel": np.ascontiguousarray(mel[:, :, span])})[0][0]
+            audio.append(wave[(start - span.start) * per_frame : (stop - span.start) * per_frame])
         return np.concatenate(audio)
 
     return least({str(block): lambda block=block: run(block) for block in (512, 128, 256, 1024, 2048, 4096)}, repeat)

@@ -16,7 +16,7 @@ import torch
 from gpu_baseline import PublicSong
 from gpu_models import OUTPUTS, PREFIX_SLOTS, flops, make_stage
 from gpu_sections import State, relative_error, timed
-from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_window, render_windows
+from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_pieces, render_windows
 from lada_rt.denoise import denoise
 from lada_rt.encode import encode
 from lada_rt.params import GenerationParams
@@ -128,7 +128,8 @@ def _warm(state: State, path: dict[str, Any], seconds: float, params: Generation
     begin = time.perf_counter()
     codes = denoise(path["denoiser"], np.zeros(n_codes, np.int64), slots, params, state.size.denoiser.mask_id)
     (window,) = _latents(state, path, codes, params, windows=range(1))
-    render_window(path, window, min(g.window_samples, g.n_samples(n_codes)), g)
+    for _ in render_pieces(path, window, min(g.window_samples, g.n_samples(n_codes)), g):
+        pass
     _sync(state)
     return time.perf_counter() - begin
 

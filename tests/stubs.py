@@ -6,15 +6,22 @@ import io
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lada_rt.bundle import FORMAT_NAME, FORMAT_VERSION, STAGES, Bundle, file_sha256
+from lada_rt.decode import render_pieces
 from lada_rt.geometry import CodecGeometry
 from lada_rt.pipeline import Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCAB = 64
 GEOMETRY = CodecGeometry()
+
+
+def render_window(*args: Any, **options: Any) -> np.ndarray:
+    """What `lada_rt.decode.render_pieces` yields, joined."""
+    return np.concatenate(list(render_pieces(*args, **options)), axis=1)
 
 
 class StubEncoder:

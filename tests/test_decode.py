@@ -14,7 +14,6 @@ from lada_rt.decode import (
     LatentStats,
     SeededNoise,
     decode_latents,
-    render_window,
     rendered_samples,
     solve_flow,
     window_codes,
@@ -24,6 +23,7 @@ from lada_rt_export.models.mel_vae import MelVAE, MelVAEConfig
 from lada_rt_export.models.stages_mucodec import MelDecoderStage, VocoderStage
 from lada_rt_export.models.vocoder import Vocoder, VocoderConfig
 from lada_rt_export.torch_engine import TorchEngine
+from stubs import render_window
 
 
 class Recorder:

@@ -138,7 +138,7 @@ def test_callback_cancels_at_any_stage(pipe: Pipeline, stage: str) -> None:
     assert no_threads_left()
 
 
-def test_nothing_competes_with_the_first_window(pipe: Pipeline) -> None:
+def test_nothing_competes_with_the_first_sound(pipe: Pipeline) -> None:
     """First audio must not wait for more than flow and mel of its own window, and one block of the waveform."""
     events: list[str] = []
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lada_rt import GenerationCancelled, GenerationParams, Pipeline
-from lada_rt.decode import VOCODER_HALO_FRAMES, render_window
+from lada_rt.decode import VOCODER_HALO_FRAMES
 from lada_rt.engines.base import released
 from lada_rt.engines.onnxruntime import OnnxEngine
 from lada_rt.geometry import CodecGeometry
@@ -17,7 +17,7 @@ from lada_rt.memory import return_freed
 from lada_rt_export.models.stages_mucodec import VocoderStage
 from lada_rt_export.models.vocoder import Vocoder, VocoderConfig
 from lada_rt_export.torch_engine import TorchEngine
-from stubs import no_threads_left, sung
+from stubs import no_threads_left, render_window, sung
 
 GEOMETRY = CodecGeometry()
 FAST = GenerationParams(steps=2, flow_steps=1, guidance=1.0)

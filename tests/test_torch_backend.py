@@ -27,7 +27,7 @@ from device_stages import (
 )
 from lada_rt import Pipeline
 from lada_rt.bundle import Bundle, demo_bundle_path
-from lada_rt.decode import SeededNoise, decode_latents, render_window
+from lada_rt.decode import SeededNoise, decode_latents
 from lada_rt.denoise import FirstStep, RecordedNoise, denoise
 from lada_rt.engines.base import loop_of
 from lada_rt.engines.cache import EngineKey, write_engine
@@ -49,7 +49,7 @@ from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.stages import StageSizes, stage_spec
 from lada_rt_export.to_aoti import build_engine
 from lada_rt_export.torch_stages import compile_blocks, part_engine, stage_parts
-from stubs import stub_engines, sung, write_stub_bundle
+from stubs import render_window, stub_engines, sung, write_stub_bundle
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

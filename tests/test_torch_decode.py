@@ -17,7 +17,7 @@ from device_stages import (
     whole_engines,
 )
 from lada_rt.bench.roofline import ModelSizes
-from lada_rt.decode import SeededNoise, decode_latents, render_pieces, render_window, solve_flow
+from lada_rt.decode import SeededNoise, decode_latents, render_pieces, solve_flow
 from lada_rt.engines.base import loop_of
 from lada_rt.euler import EulerTable
 from lada_rt.geometry import CodecGeometry
@@ -31,6 +31,7 @@ from lada_rt_export.models.channels_last import ChannelsLastMelDecoder, Channels
 from lada_rt_export.models.flow_step import split_flow
 from lada_rt_export.models.stages_mucodec import FlowStage, MelDecoderStage, VocoderStage
 from lada_rt_export.torch_stages import stage_parts
+from stubs import render_window
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

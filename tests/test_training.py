@@ -252,7 +252,7 @@ def test_a_loss_over_the_frames_that_count_is_never_empty() -> None:
     codes, ignored = torch.randint(0, 32, (1, 20)), torch.ones(1, 20, dtype=torch.bool)
     ignored[0, 7] = False
     for _ in range(30):
-        # about half of the draws leave frame 7 unmasked at first
+        # about a quarter of the draws leave frame 7 unmasked at first
         assert math.isfinite(masked_loss(net, codes, codes, torch.zeros(1, 2, 8), 0, ignored).cross_entropy.item())
 
 

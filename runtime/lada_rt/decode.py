@@ -25,11 +25,11 @@ __all__ = [
     "SeededNoise",
     "decode_latents",
     "render_pieces",
-    "render_window",
     "render_windows",
     "rendered_samples",
     "solve_flow",
     "window_codes",
+    "with_halo",
 ]
 
 #: mel frames on either side that influence a waveform sample (spec/mucodec 7)
@@ -199,6 +199,11 @@ def rendered_samples(index: int, n_samples: int, geometry: CodecGeometry) -> int
     return min(geometry.window_samples, n_samples - index * geometry.hop_samples)
 
 
+def with_halo(start: int, stop: int, n_frames: int) -> slice:
+    """The mel frames, of `n_frames`, that the waveform of those from `start` to `stop` is made of."""
+    return slice(max(start - VOCODER_HALO_FRAMES, 0), min(stop + VOCODER_HALO_FRAMES, n_frames))
+
+
 def render_pieces(
     engines: Mapping[str, Engine],
     latents: ArrayLike,
@@ -231,22 +236,10 @@ def render_pieces(
     mels = [engines["mel_decoder"].run(latents=half[None])["mel"] for half in np.split(np.asarray(latents), 2)]
     for start in range(0, n_frames, block_frames):
         stop = min(start + block_frames, n_frames)
-        left, right = max(start - VOCODER_HALO_FRAMES, 0), min(stop + VOCODER_HALO_FRAMES, mels[0].shape[2])
-        wanted = slice((start - left) * per_frame, min(stop * per_frame, n_samples) - left * per_frame)
-        waves = [engines["vocoder"].run(mel=np.ascontiguousarray(mel[:, :, left:right]))["waveform"] for mel in mels]
+        span = with_halo(start, stop, mels[0].shape[2])
+        wanted = slice((start - span.start) * per_frame, min(stop * per_frame, n_samples) - span.start * per_frame)
+        waves = [engines["vocoder"].run(mel=np.ascontiguousarray(mel[:, :, span]))["waveform"] for mel in mels]
         yield np.concatenate([wave[:, wanted] for wave in waves])
-
-
-def render_window(
-    engines: Mapping[str, Engine],
-    latents: ArrayLike,
-    n_samples: int,
-    geometry: CodecGeometry,
-    *,
-    block_frames: int = VOCODER_BLOCK_FRAMES,
-) -> np.ndarray:
-    """The pieces of `render_pieces` joined, [2, n_samples] float32 in (-1, 1)."""
-    return np.concatenate(list(render_pieces(engines, latents, n_samples, geometry, block_frames=block_frames)), axis=1)
 
 
 def render_windows(

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lada_rt.decode import VOCODER_BLOCK_FRAMES, VOCODER_HALO_FRAMES, LatentStats, SeededNoise, window_codes
+from lada_rt.decode import VOCODER_BLOCK_FRAMES, LatentStats, SeededNoise, window_codes, with_halo
 from lada_rt.geometry import CodecGeometry
 from lada_rt.torch_loop.device import DeviceEngine, engine_errors, marked, to_device, to_host
 from lada_rt.torch_loop.flow import FlowSolver
@@ -248,8 +248,7 @@ class Renderer:
 
     def _wave(self, mel: Tensor, start: int, stop: int) -> Tensor:
         """The sound of the mel frames from `start` to `stop`, [2, n]."""
-        left, right = max(start - VOCODER_HALO_FRAMES, 0), min(stop + VOCODER_HALO_FRAMES, mel.shape[2])
+        span, per_frame = with_halo(start, stop, mel.shape[2]), self._geometry.samples_per_mel_frame
         with marked("vocoder", self._device):
-            wave = self._vocoder.run_device(mel=mel[:, :, left:right].contiguous())["waveform"]  # [2, 480 F + 16]
-        per_frame = self._geometry.samples_per_mel_frame
-        return wave[:, (start - left) * per_frame : (stop - left) * per_frame]
+            wave = self._vocoder.run_device(mel=mel[:, :, span].contiguous())["waveform"]  # [2, 480 F + 16]
+        return wave[:, (start - span.start) * per_frame : (stop - span.start) * per_frame]

@@ -30,9 +30,19 @@ from lada_rt_export.demo.songs.singer import Singer, draw_singer
 from lada_rt_export.demo.songs.styles import STYLES, Style
 from lada_rt_export.demo.songs.voice import render_voice
 
-__all__ = ["Score", "Song", "compose", "make_song", "render_accompaniment", "render_vocal"]
+__all__ = [
+    "MAX_TEMPO_BPM",
+    "MIN_TEMPO_BPM",
+    "Score",
+    "Song",
+    "compose",
+    "make_song",
+    "render_accompaniment",
+    "render_vocal",
+]
 
 MIN_DURATION_S = 4.0
+MIN_TEMPO_BPM, MAX_TEMPO_BPM = 70, 150
 MIX_RMS = 10 ** (-16 / 20)
 # second words of the seed: one stream of chance for each part
 _STYLE, _FORM, _SINGER, _MELODY, _ARRANGE, _TEXT, _VOICE, _MIX = range(1, 9)
@@ -93,8 +103,8 @@ def compose(
         raise ParamError(f"expected a style of {', '.join(STYLES)}, got {style!r}; choose one of them")
     if duration_s is not None and not MIN_DURATION_S <= duration_s <= 600:
         raise ParamError(f"expected duration_s from {MIN_DURATION_S:.0f} to 600, got {duration_s}; change it")
-    if tempo_bpm is not None and not 70 <= tempo_bpm <= 150:
-        raise ParamError(f"expected tempo_bpm from 70 to 150, got {tempo_bpm}; change it")
+    if tempo_bpm is not None and not MIN_TEMPO_BPM <= tempo_bpm <= MAX_TEMPO_BPM:
+        raise ParamError(f"expected tempo_bpm from {MIN_TEMPO_BPM} to {MAX_TEMPO_BPM}, got {tempo_bpm}; change it")
     rng = np.random.default_rng([seed, _STYLE])
     drawn_style = list(STYLES)[rng.integers(len(STYLES))]
     place, drawn_s = rng.random(), float(np.round(rng.uniform(40, 60), 2))

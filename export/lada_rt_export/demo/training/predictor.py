@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lada_rt_export.demo.songs.song import Score, compose
+from lada_rt_export.demo.songs.song import MAX_TEMPO_BPM, MIN_TEMPO_BPM, Score, compose
 from lada_rt_export.demo.training.data import song_seed
 from lada_rt_export.demo.training.loop import Losses
 from lada_rt_export.demo.training.sizes import TrainingSizes
@@ -42,8 +42,7 @@ _UNSUNG_WEIGHT = 4.0
 #: how often the reference and the text slot are empty: the common request is a text alone
 _DROP_SLOTS = (0.6, 0.25)
 #: major triads from C, minor triads from C; sixteenths of a bar; whole beats a minute
-N_CHORDS, N_PLACES, N_TEMPI = 24, 16, 81
-LOWEST_TEMPO_BPM = 70
+N_CHORDS, N_PLACES, N_TEMPI = 24, 16, MAX_TEMPO_BPM - MIN_TEMPO_BPM + 1
 #: of a frame outside the chords or the beats, which no loss counts
 NO_LABEL = -100
 #: what is sung in a frame: nothing in its section, its section, or the section but the training took it away
@@ -57,12 +56,12 @@ def frame_labels(score: Score, n_frames: int, rate_hz: float) -> np.ndarray:
 
     Returns:
         [4, n_frames] int64: `Chord.triad`, and 0..15 for the sixteenth of the bar, NO_LABEL where there is none; UNSUNG
-        or SUNG; 0..80 for 70 to 150 bpm.
+        or SUNG; the tempo over the slowest in bpm.
     """
     times = (np.arange(n_frames) + 0.5) / rate_hz
     labels = np.full((4, n_frames), NO_LABEL, np.int64)
     labels[2] = UNSUNG
-    labels[3] = round(score.form.tempo_bpm) - LOWEST_TEMPO_BPM
+    labels[3] = round(score.form.tempo_bpm) - MIN_TEMPO_BPM
     for section in score.form.sections():
         if section.has_vocal:
             labels[2, (times >= section.start_s) & (times < section.end_s)] = SUNG
@@ -112,7 +111,7 @@ class PredictorSongs:
             vocal[row, :n] = song["vocals"][take, start : start + n]
             codes[row, :n] = song["accompaniment"][start : start + n]
             labels[row, :, :n] = song["labels"][:, start : start + n]
-            silence = song["vocals"][take, : len(song["labels"][2])][song["labels"][2] == UNSUNG]
+            silence = song["vocals"][take, :total][song["labels"][2] == UNSUNG]
             if rng.random() < _SILENCED_SHARE and len(silence):
                 span = _draw_span(rng, n)
                 vocal[row, span] = np.resize(silence, span.stop - span.start)
@@ -218,7 +217,7 @@ class PredictorTask:
         place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1], weights)
         # what the layers pass on is not normalised
         middle = F.rms_norm(found.middle, found.middle.shape[2:])
-        tempo = _labelled_loss(self.modules.tempo(middle), labels[:, 3], torch.ones_like(weights))
+        tempo = _labelled_loss(self.modules.tempo(middle), labels[:, 3], 1.0)
         loss = found.cross_entropy + RTD_WEIGHT * detection
         loss = loss + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place + _TEMPO_WEIGHT * tempo
         return {
@@ -232,7 +231,7 @@ class PredictorTask:
         }
 
 
-def _labelled_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def _labelled_loss(logits: Tensor, labels: Tensor, weights: Tensor | float) -> Tensor:
     """Weighted mean cross-entropy of logits [B, n, C] over the frames that have a label; zero if none has."""
     each = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none")
     return (each * weights).sum() / (weights * (labels != NO_LABEL)).sum().clamp(min=1)

@@ -1,16 +1,18 @@
 """Mask predictor stage: the paper's objective (arXiv 2604.11052; spec/lada_band d.10) on cached codes.
 
 Masked reconstruction: the share of masked frames is cos(pi r / 2), r spread over the batch and, beyond the paper,
-denser near 0, as the first steps of the denoising settle key, metre and style; the loss is the mean cross-entropy over
+much denser near 0, as the first steps of the denoising settle key, metre and style, and with a few codes visible the
+beat is read from them, not counted on from the voice; the loss is the mean cross-entropy over
 masked frames. Replaced-token detection, weight 0.2: masked frames are filled with the likeliest codes and a head tells
 which differ from the truth. As in the paper its gradient reaches the backbone; the released code trains the head alone.
 It runs on a quarter of the rows, for the price of a second forward. Reference and text slots are dropped independently,
 the text less often. Crops are short at first and then whole songs.
 
-Beyond the paper, heads that inference does without read the chord and the place in the bar from every hidden state, and
-the tempo from those of the middle layer, whose successors count with it; the generator knows all three. Codes say
-harmony and metre only between the lines: with the codes' loss alone a network of this size had learned after 4000 steps
-to sound the right chord on a quarter of the beats.
+Beyond the paper, heads that inference does without read the chord from every last hidden state, the tempo from those of
+the middle layer, whose successors count with it, and the place in the bar behind all but the first layers, always in
+the same way, so that each can take up where the one before it left off and carry the beat further from the voice; the
+generator knows all three. Codes say harmony and metre only between the lines: with the codes' loss alone a network of
+this size had learned after 4000 steps to sound the right chord on a quarter of the beats.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ __all__ = ["Masked", "PredictorModules", "PredictorSongs", "PredictorTask", "fra
 
 RTD_WEIGHT = 0.2
 #: exponent of a uniform r
-_EARLY = 1.5
-_CHORD_WEIGHT, _PLACE_WEIGHT, _TEMPO_WEIGHT = 0.5, 1.0, 0.3
+_EARLY = 4.0
+_CHORD_WEIGHT, _PLACE_WEIGHT, _TEMPO_WEIGHT = 0.5, 2.0, 1.0
 #: of a frame where nobody sings, in the losses of chord and place: there the beat must be counted on from afar, which
 #: is not learned otherwise
 _UNSUNG_WEIGHT = 4.0
@@ -132,13 +134,12 @@ def _draw_span(rng: np.random.Generator, n: int) -> slice:
 @dataclass(frozen=True, slots=True)
 class Masked:
     """Of a batch: mean cross-entropy over masked frames, mean binary cross-entropy of the detection, share of right
-    codes among the masked, and the states [B, n, H] of the frames, at the end and behind the middle layer."""
+    codes among the masked, and the states [B, n, H] of the frames behind each layer, not normalised."""
 
     cross_entropy: Tensor
     detection: Tensor
     right: Tensor
-    hidden: Tensor
-    middle: Tensor
+    states: list[Tensor]
 
 
 def masked_loss(
@@ -179,8 +180,8 @@ def masked_loss(
         found = net.rtd_logits(collected["hidden"])[:, prefix.shape[1] :].float()
         replaced = (filled != codes[rows]).float()
         detection = F.binary_cross_entropy_with_logits(found[valid[rows]], replaced[valid[rows]])
-    hidden, middle = (first[name][:, prefix.shape[1] :] for name in ("hidden", f"layer{config.n_layers // 2}_out"))
-    return Masked(cross_entropy, detection, right, hidden, middle)
+    states = [first[f"layer{i}_out"][:, prefix.shape[1] :] for i in range(config.n_layers)]
+    return Masked(cross_entropy, detection, right, states)
 
 
 class PredictorModules(nn.Module):
@@ -213,20 +214,24 @@ class PredictorTask:
         found = masked_loss(self.modules.net, vocal, codes, prefix, n_detected, labels[:, 2] == SILENCED)
         detection = found.detection * max(1, 4 / batch)
         weights = torch.where(labels[:, 2] == SUNG, 1.0, _UNSUNG_WEIGHT)
-        chord = _labelled_loss(self.modules.chord(found.hidden), labels[:, 0], weights)
-        place = _labelled_loss(self.modules.place(found.hidden), labels[:, 1], weights)
-        # what the layers pass on is not normalised
-        middle = F.rms_norm(found.middle, found.middle.shape[2:])
-        tempo = _labelled_loss(self.modules.tempo(middle), labels[:, 3], 1.0)
+        n_layers, normalise = len(found.states), self.modules.net.lm.norm
+        chord = _labelled_loss(self.modules.chord(normalise(found.states[-1])), labels[:, 0], weights)
+        places = [
+            _labelled_loss(self.modules.place(normalise(x)), labels[:, 1], weights)
+            for x in found.states[n_layers // 4 :]
+        ]
+        middle = found.states[n_layers // 2]
+        tempo = _labelled_loss(self.modules.tempo(F.rms_norm(middle, middle.shape[2:])), labels[:, 3], 1.0)
         loss = found.cross_entropy + RTD_WEIGHT * detection
-        loss = loss + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * place + _TEMPO_WEIGHT * tempo
+        loss = loss + _CHORD_WEIGHT * chord + _PLACE_WEIGHT * torch.stack(places).mean() + _TEMPO_WEIGHT * tempo
         return {
             "loss": loss,
             "masked": found.cross_entropy,
             "replaced": detection,
             "right": found.right,
             "chord": chord,
-            "place": place,
+            "place": places[-1],
+            "early place": places[0],
             "tempo": tempo,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -31,6 +32,7 @@ from lada_rt_export.demo.training.predictor import (
     UNSUNG,
     PredictorModules,
     PredictorSongs,
+    PredictorTask,
     frame_labels,
     masked_loss,
 )
@@ -267,6 +269,22 @@ def test_spans_of_the_vocal_are_taken_away(trained: Path) -> None:
     for codes, span in zip(vocal, silenced, strict=True):
         assert int(span.sum()) <= 96 // 3
         assert any(set(codes[span].tolist()) <= silence for silence in silences)
+
+
+def test_the_place_is_learned_behind_early_layers_too(trained: Path) -> None:
+    sizes = dataclasses.replace(TOY, predictor=dataclasses.replace(TOY.predictor, n_layers=4))
+    torch.manual_seed(0)
+    task = PredictorTask(sizes, PredictorSongs(sizes, trained / "predictor", SEED, "cpu"))
+    losses = task.step(0, loop.step_generators(SEED, "predictor", 0))
+    behind = {}
+    for name in ("place", "early place"):
+        task.modules.zero_grad()
+        losses[name].backward(retain_graph=True)
+        behind[name] = [
+            i for i, layer in enumerate(task.modules.net.lm.layers) if layer.mlp.down_proj.weight.grad is not None
+        ]
+    # of four layers the second is the first that a quarter of the depth comes before
+    assert behind == {"place": [0, 1, 2, 3], "early place": [0, 1]}
 
 
 def test_frames_are_labelled_with_their_chord_and_sixteenth() -> None:

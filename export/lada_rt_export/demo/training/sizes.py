@@ -1,8 +1,8 @@
 """Every number of a training run: network sizes, crops, batches, steps. Two presets, `toy` for tests and `demo`.
 
 Sizes of `demo` are chosen for a bundle under 12 MB and for the shape of the work at inference: attention of the flow
-over 4096 tokens and the mel decoder's largest maps take two thirds of the time of a song of 40 s and nine tenths of one
-of 10 s. The mask predictor is deep for its width: where nobody sings, each layer carries the beat further.
+over 4096 tokens and the mel decoder's largest maps take two thirds of the time of a song of 40 s and most of it at
+10 s. The mask predictor is deep for its width: where nobody sings, each layer carries the beat further.
 """
 
 from __future__ import annotations

@@ -252,6 +252,26 @@ def test_truncated_file_keeps_what_is_there(tmp_path: Path) -> None:
     assert loaded.duration_s == pytest.approx(loaded.samples.shape[1] / 48_000)
 
 
+def with_length(path: Path, data: bytes, n_frames: int) -> Path:
+    """A FLAC whose header states another length (STREAMINFO: the low half of byte 21, and bytes 22 to 25)."""
+    header = bytearray(data)
+    header[21] = (header[21] & 0xF0) | n_frames >> 32
+    header[22:26] = (n_frames & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(header)
+    return path
+
+
+@pytest.mark.parametrize("max_seconds", [10.0, np.inf])
+def test_headers_without_a_length_or_with_a_wild_one(tmp_path: Path, max_seconds: float) -> None:
+    """An encoder that writes to a pipe cannot fill in the length; room must not be made for what a header claims."""
+    data = write(tmp_path / "v.flac", sung(48_000)).read_bytes()
+    loaded = load_audio(with_length(tmp_path / "same.flac", data, 48_000), 48_000)
+    assert loaded.samples.shape == (1, 48_000)
+    for n_frames, words in [(0, "states its length, got one that was written to a pipe"), (2**36 - 1, "at most 24 h")]:
+        with pytest.raises(AudioError, match=words):
+            load_audio(with_length(tmp_path / "odd.flac", data, n_frames), 48_000, max_seconds=max_seconds)
+
+
 def test_check_output_path(tmp_path: Path) -> None:
     vocal = write(tmp_path / "vocal.wav", sung(4800))
     check_output_path(tmp_path / "out.WAV", vocal)
@@ -259,14 +279,14 @@ def test_check_output_path(tmp_path: Path) -> None:
         (tmp_path / "out.mp3", "ending in"),
         (tmp_path / "out", "ending in"),
         (tmp_path / "nowhere" / "out.wav", "no such folder"),
-        (vocal, "the input itself"),
+        (vocal, "is an input"),
     ]:
         with pytest.raises(ParamError, match=words):
             check_output_path(path, vocal)
     report = tmp_path / "report.json"
     report.symlink_to(tmp_path / "nothing")
     for path, words in [
-        (vocal, "the input itself"),
+        (vocal, "is an input"),
         (tmp_path, "cannot be written"),
         (report, "cannot be written"),
         (Path("/dev/null"), "cannot be written"),

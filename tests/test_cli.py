@@ -392,7 +392,10 @@ def refused(result: tuple[int, str, str], code: int, out: Path) -> None:
     assert not out.exists()
 
 
-def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, "lada-rt: interrupted"), (signal.SIGTERM, 143, "")]
+)
+def test_a_stopped_run_leaves_nothing(tmp_path: Path, vocal: Path, number: int, code: int, says: str) -> None:
     out = tmp_path / "out.wav"
     command = [sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(out), "--flow-steps", "999"]
     # a shell starts background jobs with SIGINT ignored, which children inherit; a handler they do not
@@ -402,11 +405,11 @@ def test_interrupt_leaves_nothing(tmp_path: Path, vocal: Path) -> None:
     assert process.stderr is not None
     assert b"no --bundle" in process.stderr.readline()  # loaded; the run has begun
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     started = time.monotonic()
     _, messages = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert messages.decode().strip() == "lada-rt: interrupted"
+    assert process.returncode == code
+    assert messages.decode().strip() == says
     assert time.monotonic() - started < 20
     assert sorted(p.name for p in tmp_path.iterdir()) == ["vocal.wav"]
 

@@ -285,7 +285,11 @@ def test_max_concurrent_bounds_the_calls(tmp_path: Path) -> None:
     started: list[str] = []
 
     def work(name: str) -> None:
-        pipe.generate((sung(4800), 48_000), params=FAST, on_progress=lambda p: started.append(name))
+        def watch(progress: Progress) -> None:
+            if progress.stage != "queue":
+                started.append(name)
+
+        pipe.generate((sung(4800), 48_000), params=FAST, on_progress=watch)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
     for thread in threads:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from lada_rt.bundle import Bundle
-from lada_rt.engines import BACKENDS, DEVICES
+from lada_rt.engines import BACKENDS, DEVICES, machine_for
 from lada_rt.engines.cache import EngineEntry, EngineKey, list_engines, misfit, this_machine, write_engine
 from lada_rt.errors import EngineError, ExportError, ParamError
 
@@ -116,7 +116,7 @@ def build_engine(job: EngineJob) -> EngineEntry:
         EngineError: the backend failed.
         ExportError: the engine misses its tolerance; it is not written.
     """
-    machine = this_machine(job.backend, job.device)
+    machine = machine_for(job.backend, job.device)
     wanted = (job.stage, job.backend, *(name in job.compatibility for name in COMPATIBILITY))
     for entry in list_engines(job.bundle):
         key = entry.key

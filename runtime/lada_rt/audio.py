@@ -50,6 +50,10 @@ OUTPUT_FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_24"), ".ogg"
 MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
 #: A file shorter than this is a mistake of the caller, not a song. Arrays are taken at any length.
 MIN_FILE_SECONDS = 0.1
+#: Nobody sings for longer: the header of such a file is damaged, and room is made for what it promises.
+MAX_FILE_HOURS = 24
+#: libsndfile counts 2^63 - 1 frames where FLAC has no length in its header, and fails on the read that meets the end
+_UNKNOWN_FRAMES = 1 << 62
 #: frames read, mended and resampled at once, so that no second copy of a long vocal exists
 BLOCK_FRAMES = 1 << 18
 
@@ -92,7 +96,7 @@ def load_audio(
         becomes 0 and infinities +-1 before resampling, which would spread them.
 
     Raises:
-        AudioError: no such file, not audio, empty, too short or long, or the segment lies outside it.
+        AudioError: no such file, not audio, its length unknown, empty, too short or long, or the segment lies outside.
         ParamError: the segment's bounds make no sense, or the array has a wrong type or shape.
     """
     _check_segment(start_s, end_s)
@@ -228,6 +232,16 @@ def _open_file(
             f"{what}: {path}: expected a sample rate from {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz, got {file.samplerate} Hz; "
             "convert the file"
         )
+    if file.frames >= _UNKNOWN_FRAMES:
+        raise AudioError(
+            f"{what}: {path}: expected a file that states its length, got one that was written to a pipe; convert it, "
+            "such as with: ffmpeg -i IN.flac OUT.wav"
+        )
+    if file.frames > MAX_FILE_HOURS * 3600 * file.samplerate:
+        raise AudioError(
+            f"{what}: {path}: expected at most {MAX_FILE_HOURS} h of audio, its header says "
+            f"{file.frames / file.samplerate / 3600:.0f} h; convert the file"
+        )
     if 0 < file.frames / file.samplerate < MIN_FILE_SECONDS:
         raise AudioError(
             f"{what}: {path}: expected at least {MIN_FILE_SECONDS:g} s of audio, got "
@@ -286,29 +300,29 @@ def _native(path: str | os.PathLike[str]) -> Any:
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
-def check_output_path(path: Path, vocal: AudioInput) -> None:
-    """Refuse an audio file that cannot be written before any work is done.
+def check_output_path(path: Path, *inputs: AudioInput | None) -> None:
+    """Refuse an audio file that cannot be written before any work is done; see `check_target`.
 
     Raises:
-        ParamError: unknown suffix, no such folder, not writable, or the output is the input.
+        ParamError: unknown suffix, no such folder, not writable, or the output is an input.
     """
     if path.suffix.lower() not in OUTPUT_FORMATS:
         raise ParamError(
             f"output: expected a name ending in {', '.join(OUTPUT_FORMATS)}, or - for WAV on stdout, got {path}"
         )
-    check_target(path, "output", vocal)
+    check_target(path, "output", *inputs)
 
 
-def check_target(path: Path, what: str, vocal: AudioInput | None = None) -> None:
+def check_target(path: Path, what: str, *inputs: AudioInput | None) -> None:
     """Refuse a file of any kind that cannot be written before any work is done.
 
     Args:
         path: to write; a regular file there is replaced.
         what: name used in messages.
-        vocal: the input, which must not be replaced.
+        inputs: which must not be replaced; None and arrays are none that could be.
 
     Raises:
-        ParamError: no such folder, not writable, something other than a file is there, or the output is the input.
+        ParamError: no such folder, not writable, something other than a file is there, or the output is an input.
     """
     # os.path, as the methods of Path raise where a name is too long or a folder is closed to us
     folder = path.parent
@@ -318,8 +332,9 @@ def check_target(path: Path, what: str, vocal: AudioInput | None = None) -> None
     regular = os.path.isfile(path) and os.access(path, os.W_OK)
     if not os.access(folder, os.W_OK | os.X_OK) or (there and not regular):
         raise ParamError(f"{what}: {path}: cannot be written; choose another place")
-    if there and isinstance(vocal, str | os.PathLike) and os.path.exists(vocal) and path.samefile(vocal):
-        raise ParamError(f"{what}: {path} is the input itself; choose another name")
+    files = [source for source in inputs if isinstance(source, str | os.PathLike) and os.path.exists(source)]
+    if there and any(path.samefile(source) for source in files):
+        raise ParamError(f"{what}: {path} is an input; choose another name")
 
 
 @contextlib.contextmanager

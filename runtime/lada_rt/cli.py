@@ -1,15 +1,18 @@
 """The command line: lada-rt generate | build-engine | bench | inspect | doctor.
 
 Results go to stdout, progress and messages to stderr. An error is one line. Exit codes: 0 done, 2 usage or option, 3
-audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted.
+audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -139,7 +142,7 @@ def generate(
         check_variations(out, keep)
         targets = [targets[0].of_seed((params.seed + index) % N_SEEDS) for index in range(variations)]
     for each in targets:
-        each.check(vocal)
+        each.check(vocal, reference, keep)
 
     pipeline = Pipeline.load(bundle, backend=backend, device=device)
     if bundle is None:
@@ -383,7 +386,17 @@ def doctor(json_file: Path | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: run a command and turn every error into one line and an exit code."""
     args = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is printed in its own bytes
     sys.exit(run(args))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """What a service manager's stop does: end as an error does, so that no partial file stays."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 class _Notes(logging.Handler):

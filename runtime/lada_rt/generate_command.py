@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from lada_rt.audio import check_output_path
 from lada_rt.delivery import Delivery
-from lada_rt.errors import GenerationCancelled
+from lada_rt.errors import GenerationCancelled, ParamError
 from lada_rt.notes import note
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
@@ -40,16 +41,21 @@ class Targets:
         files = (self.out, self.json_file, self.codes_file)
         return Targets(*(file and file.with_name(f"{file.stem}-seed{seed}{file.suffix}") for file in files))
 
-    def check(self, vocal: Path) -> None:
-        """Refuse what cannot be written before any work is done.
+    def check(self, vocal: Path, reference: Path | None, keep: Path | None) -> None:
+        """Refuse what cannot be written before any work is done. Codes may replace those that the run starts from.
 
         Raises:
-            ParamError: a file cannot be written, or is the vocal itself.
+            ParamError: a file cannot be written, is one of the inputs, or two are the same.
         """
         if self.out is not None:
-            check_output_path(self.out, vocal)
-        check_report_path(self.json_file, vocal=vocal)
-        check_report_path(self.codes_file, "--save-codes", vocal)
+            check_output_path(self.out, vocal, reference, keep)
+        check_report_path(self.json_file, "--json", vocal, reference, keep)
+        check_report_path(self.codes_file, "--save-codes", vocal, reference)
+        named = {"output": self.out, "--json": self.json_file, "--save-codes": self.codes_file}
+        taken: dict[str, str] = {}
+        for name, path in named.items():
+            if path is not None and taken.setdefault(os.path.realpath(path), name) != name:
+                raise ParamError(f"{name}: {path} is also {taken[os.path.realpath(path)]}; choose another name")
 
 
 class GenerateCommand:

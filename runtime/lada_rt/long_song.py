@@ -69,11 +69,6 @@ def denoise_spans(
             todo.append((start, stop))
             drawn_to = stop
     for index, span in enumerate(todo):
-
-        def on_span_step(done: int, total: int, index: int = index) -> None:
-            if done or index == 0:
-                on_step(index * total + done, len(todo) * total)
-
         codes = denoise(
             engine,
             vocal_codes,
@@ -83,6 +78,20 @@ def denoise_spans(
             known=codes,
             span=span,
             first_step=first_step if index == 0 else None,
-            on_step=on_span_step,
+            on_step=_steps_of_span(on_step, index, len(todo)),
         )
     return codes
+
+
+def _steps_of_span(on_step: Callable[[int, int], None], index: int, n_spans: int) -> Callable[[int, int], None]:
+    """Count steps over all spans. A later span's first 0 has been told, as the last step of the one before; those that
+    follow while it waits for its turn are told, as whoever listens may stop the run."""
+    told = index == 0
+
+    def of_span(done: int, total: int) -> None:
+        nonlocal told
+        if done or told:
+            on_step(index * total + done, n_spans * total)
+        told = True
+
+    return of_span

@@ -26,7 +26,8 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        stage: `encode`, `condition`, `denoise`, `flow` or `render`; flow and render advance side by side.
+        stage: `encode`, `condition`, `denoise`, `flow` or `render`; flow and render advance side by side. Before them,
+            again and again, `queue` at step 0 of 1 while the pipeline is busy with as many runs as it makes at once.
         step: steps of the stage done, from 0; never goes back within a stage.
         total: steps of the stage in all.
     """
@@ -80,15 +81,21 @@ class Reporter:
 
     @contextlib.contextmanager
     def holding(self, slots: threading.Semaphore) -> Iterator[None]:
-        """Wait for a slot, then start the clock; when done, give the memory back."""
+        """Wait for a slot, then start the clock; when done, give the memory back.
+
+        Raises:
+            GenerationCancelled: the run is to stop.
+        """
         self._started = time.perf_counter()
-        with slots:
+        while not slots.acquire(timeout=POLL_SECONDS):
+            self.step("queue", 0, 1)
+        try:
             self.queue_s = self.elapsed_s()
             self._started = time.perf_counter()
-            try:
-                yield
-            finally:
-                return_freed()
+            yield
+        finally:
+            slots.release()
+            return_freed()
 
     def mark_denoised(self) -> None:
         self._denoised_s = self.elapsed_s()

@@ -26,7 +26,7 @@ from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_wind
 from lada_rt.denoise import FirstStep
 from lada_rt.encode import encode
 from lada_rt.engines.base import Engine, released
-from lada_rt.errors import EngineError, ParamError
+from lada_rt.errors import EngineError, GenerationCancelled, ParamError
 from lada_rt.long_song import denoise_spans
 from lada_rt.params import GenerationParams
 from lada_rt.progress import OnProgress, Reporter
@@ -103,6 +103,15 @@ class Run:
         self.codes: np.ndarray | None = None
         self.timings: Timings | None = None
         self.total_samples: int | None = None
+
+    def cancel(self) -> None:
+        """Stop the work at its next step; from any thread."""
+        self._report.cancel.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was told to stop, or has ended."""
+        return self._report.cancel.cancelled
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Render each window as its latents arrive, and yield what is final, block by block of the vocoder."""
@@ -240,7 +249,7 @@ class Stream(Iterator[Chunk]):
     """The chunks of one run, in order; also a context manager that closes it.
 
     Closing, an error in the consumer inside the `with` block, or dropping the object stops the work within one step and
-    ends its thread.
+    ends its thread. An object that `on_progress` refers to is not dropped before the run has ended: close it.
     """
 
     def __init__(self, run: Run, sample_rate: int) -> None:
@@ -249,7 +258,11 @@ class Stream(Iterator[Chunk]):
         self.sample_rate = sample_rate
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        chunk = next(self._chunks)
+        if self._run.cancelled:  # closed by another thread, which could not close what was running here
+            self._chunks.close()
+            raise GenerationCancelled("generation cancelled")
+        return chunk
 
     def __enter__(self) -> Stream:
         return self
@@ -260,8 +273,16 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def close(self) -> None:
-        """Stop the work; does nothing once the last chunk is out."""
-        self._chunks.close()
+        """Stop the work; does nothing once the last chunk is out.
+
+        From any thread: where another waits for a chunk, it gets `GenerationCancelled` instead within one step.
+        """
+        self._run.cancel()
+        try:
+            self._chunks.close()
+        except ValueError as error:
+            if str(error) != "generator already executing":
+                raise
 
     @property
     def total_samples(self) -> int | None:

@@ -40,10 +40,10 @@ __all__ = [
 TTFA_SLACK = 1.1
 
 
-def check_report_path(path: Path | None, option: str = "--json", vocal: Path | None = None) -> None:
+def check_report_path(path: Path | None, option: str = "--json", *inputs: Path | None) -> None:
     """Refuse a report that cannot be written before any work is done; see `check_target`."""
     if path is not None:
-        check_target(path, option, vocal)
+        check_target(path, option, *inputs)
 
 
 class ProgressBars:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from lada_rt.bundle import Bundle
 from lada_rt.engines.base import Engine
-from lada_rt.engines.cache import EngineEntry, find_engine, list_engines, misfit, rebuild_command, this_machine
+from lada_rt.engines.cache import (
+    EngineEntry,
+    Machine,
+    find_engine,
+    list_engines,
+    misfit,
+    rebuild_command,
+    remedy,
+    this_machine,
+)
 from lada_rt.errors import EngineError, ParamError
 
-__all__ = ["BACKENDS", "DEVICES", "Engine", "load_engines"]
+__all__ = ["BACKENDS", "DEVICES", "Engine", "load_engines", "machine_for"]
 
 BACKENDS: Final = ("onnxruntime", "tensorrt", "torch")
 DEVICES: Final = ("cpu", "cuda")
@@ -51,19 +61,17 @@ def load_engines(
         device = _onnx_device(device)
         return {name: _onnx_engine(bundle, name, device, n_threads) for name in bundle.stages}, backend, device
     if device == "auto":
-        device = "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
+        device = _default_device(backend)
+    if backend == "tensorrt" and device != "cuda":
+        raise EngineError("backend tensorrt: expected an NVIDIA GPU and --device cuda, got cpu; see: lada-rt doctor")
     engines: dict[str, Engine] = {}
     built = {entry.key.stage for entry in list_engines(bundle) if entry.key.backend == backend}
     if not built:
         raise EngineError(
             f"backend {backend}: {bundle.path} has no engine for it; build them with: "
-            f"{rebuild_command(bundle.path, backend=backend)}"
+            f"{rebuild_command(bundle.path, backend=backend, on_cpu=device == 'cpu')}"
         )
-    if backend == "torch":
-        from lada_rt.engines.torch import device_key
-
-        device_key(device)  # is there such a device at all?
-    machine = this_machine(backend, device)
+    machine = machine_for(backend, device)
     for name in bundle.stages:
         if name in built:
             engines |= LOADERS[backend](find_engine(bundle, name, backend, machine), device)
@@ -73,6 +81,21 @@ def load_engines(
         other_device = "cpu" if device == "cpu" else _onnx_device("auto")
         engines |= {name: _onnx_engine(bundle, name, other_device, n_threads) for name in others}
     return _with_loops(engines, bundle), backend, device
+
+
+def machine_for(backend: str, device: str) -> Machine:
+    """What this machine offers a compiled backend on a device. Of torch it is torch itself that tells: it heeds
+    CUDA_VISIBLE_DEVICES and may count GPUs in another order than the driver's tool.
+
+    Raises:
+        EngineError: torch or its device is missing.
+    """
+    machine = this_machine(backend, device)
+    if backend != "torch":
+        return machine
+    from lada_rt.engines.torch import device_key
+
+    return replace(machine, arch=device_key(device))
 
 
 def _choose(bundle: Bundle, device: str) -> str:
@@ -85,6 +108,12 @@ def _choose(bundle: Bundle, device: str) -> str:
         if not own:
             continue
         machine = this_machine(backend, device)
+        if backend == "torch" and machine.backend_version is not None and machine.arch.startswith("sm_"):
+            try:
+                machine = machine_for(backend, "cuda")
+            except EngineError as error:
+                _LOG.warning("%s; it is not used", error)
+                continue
         reasons = {entry.key.stage: misfit(entry, bundle, machine) for entry in own}
         # of several engines for one stage, one that fits is enough
         reasons |= {entry.key.stage: None for entry in own if misfit(entry, bundle, machine) is None}
@@ -92,12 +121,21 @@ def _choose(bundle: Bundle, device: str) -> str:
         if not wrong:
             return backend
         _LOG.warning(
-            "backend %s is not used: the engine of %s %s; rebuild it with: %s",
+            "backend %s is not used: the engine of %s %s; %s",
             backend,
             *wrong[0],
-            rebuild_command(bundle.path, own[0].key),
+            remedy(bundle.path, own[0].key, machine),
         )
     return "onnxruntime"
+
+
+def _default_device(backend: str) -> str:
+    """What "auto" means for a backend that was asked for by name: the GPU where there is one."""
+    if backend == "torch":
+        from lada_rt.engines.torch import import_torch
+
+        return "cuda" if import_torch().cuda.is_available() else "cpu"
+    return "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
 
 
 def _onnx_device(device: str) -> str:
@@ -125,8 +163,6 @@ def _onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None)
 def _tensorrt_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
     from lada_rt.engines.tensorrt import TensorRTEngine
 
-    if device != "cuda":
-        raise EngineError("backend tensorrt: expected --device cuda, it runs on NVIDIA GPUs only")
     plan = entry.folder / entry.files[0].path
     return {entry.key.stage: TensorRTEngine(plan, any_later_version=entry.key.any_later_version, log=_LOG.warning)}
 

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from lada_rt.bundle import Bundle, FileEntry, file_sha256, parse_proof
+from lada_rt.bundle import Bundle, FileEntry, demo_bundle_path, file_sha256, parse_proof
 from lada_rt.errors import EngineError
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "list_engines",
     "misfit",
     "rebuild_command",
+    "remedy",
     "this_machine",
     "write_engine",
 ]
@@ -255,22 +256,44 @@ def find_engine(bundle: Bundle, stage: str, backend: str, machine: Machine) -> E
         reasons.append((reason, entry.key))
     if reasons:
         reason, key = reasons[-1]
-        raise EngineError(
-            f"{stage}: the {backend} engine {reason}; rebuild it with: {rebuild_command(bundle.path, key)}"
-        )
+        raise EngineError(f"{stage}: the {backend} engine {reason}; {remedy(bundle.path, key, machine)}")
     raise EngineError(
         f"{stage}: {bundle.path} has no {backend} engine; build it with: "
-        f"{rebuild_command(bundle.path, backend=backend)}"
+        f"{rebuild_command(bundle.path, backend=backend, on_cpu=_is_cpu(machine.arch))}"
     )
 
 
-def rebuild_command(bundle: Path, key: EngineKey | None = None, *, backend: str = "") -> str:
-    """The command that builds an engine into a bundle; the checkpoint's place is the user's to fill in."""
+def remedy(bundle: Path, key: EngineKey, machine: Machine) -> str:
+    """What to do about an engine that does not fit a machine."""
+    if machine.backend_version is None:
+        return 'install it with: pip install "lada-rt[gpu]"'
+    return f"rebuild it with: {rebuild_command(bundle, key, on_cpu=_is_cpu(machine.arch))}"
+
+
+def _is_cpu(arch: str) -> bool:
+    return arch.startswith("cpu-")
+
+
+def rebuild_command(
+    bundle: Path, key: EngineKey | None = None, *, backend: str = "", on_cpu: bool | None = None
+) -> str:
+    """The command that builds an engine into a bundle; the checkpoint's place is the user's to fill in.
+
+    Args:
+        bundle: its folder. Of the embedded demo bundle a second one is built: an installed package stays as it is.
+        key: of an engine to take the options from.
+        backend: without a key.
+        on_cpu: build for the CPU, on a machine with a GPU too; None does as the key says.
+    """
     name = key.backend if key is not None else backend
     # the other stages follow the option only when named in it
     follows = key is not None and key.stage in ("denoiser", "flow")
     precision = f" --precision {key.precision}" if key is not None and follows else ""
-    return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} --backend {name}{precision}"
+    device = " --device cpu" if (key is not None and _is_cpu(key.arch) if on_cpu is None else on_cpu) else ""
+    options = f"--backend {name}{precision}{device}"
+    if bundle.resolve() == demo_bundle_path().resolve():
+        return f"lada-rt build-engine --demo --out demo.bundle {options}, and use --bundle demo.bundle"
+    return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} {options}"
 
 
 def write_engine(

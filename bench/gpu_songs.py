@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -20,6 +21,7 @@ from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_piec
 from lada_rt.denoise import denoise
 from lada_rt.encode import encode
 from lada_rt.params import GenerationParams
+from lada_rt.progress import Reporter
 from lada_rt.schedule import mask_counts
 from lada_rt.stream import Cancel, run_ahead
 from lada_rt.torch_loop.memory import memory_plan
@@ -78,11 +80,20 @@ def generate(state: State, path: dict[str, Any], seconds: float, params: Generat
     codes = denoise(path["denoiser"], vocal_codes, prefix, params, state.size.denoiser.mask_id, on_step=mark("denoise"))
     denoised_s = time.perf_counter() - start
     n_windows, n_samples = g.n_windows(len(codes)), g.n_samples(len(codes))
-    latents = _latents(state, path, codes, params, on_step=mark("flow"))
+    report = Reporter(None, Cancel())
+
+    def latents() -> Iterator[Any]:
+        for index, window in enumerate(_latents(state, path, codes, params, on_step=mark("flow"))):
+            yield window
+            if index == 0:
+                report.wait_first_audio()  # nothing competes with it
+
     pieces, first_audio_s = [], 0.0
-    for piece in render_windows(path, run_ahead(latents, Cancel()), g, windows=range(n_windows), stop_sample=n_samples):
-        first_audio_s = first_audio_s or time.perf_counter() - start
-        pieces.append(piece)
+    with closing(run_ahead(latents(), report.cancel)) as ahead:
+        for piece in render_windows(path, ahead, g, windows=range(n_windows), stop_sample=n_samples):
+            report.mark_first_audio()
+            first_audio_s = first_audio_s or time.perf_counter() - start
+            pieces.append(piece)
     total_s = time.perf_counter() - start
     audio = np.concatenate(pieces, axis=1)
     assert audio.shape == (2, n_samples)

@@ -119,10 +119,20 @@ class Turn:
                 torch.cuda.current_stream(self._device).wait_event(self._done)
             yield
         finally:
-            if self._device.type == "cuda":
-                self._done = torch.cuda.Event()
-                self._done.record(torch.cuda.current_stream(self._device))
-            self._lock.release()
+            try:
+                if self._device.type == "cuda":
+                    self._done = torch.cuda.Event()
+                    self._done.record(torch.cuda.current_stream(self._device))
+            finally:  # on a device that has failed the event raises, and the next song must learn of it too
+                self._lock.release()
+
+
+class _Memory:
+    """A pool of torch's allocator. Torch gives it up with the last of its graphs, and asserts where it is used again."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.n_graphs = 0
 
 
 class GraphPool:
@@ -132,9 +142,19 @@ class GraphPool:
         """Args: device: of the functions' tensors; capture: False calls every function anew, on CUDA too."""
         self.device = device
         self.captures = capture and device.type == "cuda"
+        self._memory: _Memory | None = None
         if self.captures:
             self.stream = torch.cuda.Stream(device)
-            self.handle = torch.cuda.graph_pool_handle()
+
+    def memory(self) -> _Memory:
+        """What the next graph shares with those there are."""
+        if self._memory is None or self._memory.n_graphs == 0:
+            self._memory = _Memory()
+        return self._memory
+
+    def forget(self) -> None:
+        """A capture broke off: its memory may count as being recorded for ever. Graphs to come share another."""
+        self._memory = None
 
 
 _of_thread = threading.local()
@@ -168,6 +188,7 @@ class Replay:
         self._function = function
         self._device = pool.device
         self._graph: Any = None
+        self._memory: _Memory | None = None
         self._result: Tensor | None = None
         self._holds: list[object] = []
         if pool.captures:
@@ -178,12 +199,23 @@ class Replay:
         caller = torch.cuda.current_stream(pool.device)
         pool.stream.wait_stream(caller)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(pool.stream):
-            self._function()  # libraries and kernels load here: they may not while a stream is captured
-            pool.stream.synchronize()
+        try:
+            with torch.cuda.stream(pool.stream):
+                self._function()  # libraries and kernels load here: they may not while a stream is captured
+                pool.stream.synchronize()
+                self._record(graph, pool)
+        finally:  # what a call that failed has left in the stream still uses tensors whose memory is used anew
+            caller.wait_stream(pool.stream)
+        self._graph = graph
+        # it refers to what owns this replay, and weights in such a cycle wait for the collector
+        self._function = _released
+
+    def _record(self, graph: Any, pool: GraphPool) -> None:
+        memory = pool.memory()
+        try:
             # The context manager torch.cuda.graph also collects garbage and stops the whole device, other songs too.
             # "thread_local": another thread may allocate for its own window meanwhile.
-            graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            graph.capture_begin(pool=memory.handle, capture_error_mode="thread_local")
             try:
                 with capture(self._holds):
                     self._result = self._function()
@@ -192,8 +224,11 @@ class Replay:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        caller.wait_stream(pool.stream)
-        self._graph = graph
+        except BaseException:
+            pool.forget()
+            raise
+        memory.n_graphs += 1
+        self._memory = memory
 
     def __call__(self) -> Tensor | None:
         """Run once; a captured function's result is the same tensor every time, overwritten by the next run."""
@@ -209,6 +244,9 @@ class Replay:
         """
         if self._graph is not None:
             torch.cuda.current_stream(self._device).synchronize()
+        if self._memory is not None:
+            self._memory.n_graphs -= 1
+            self._memory = None
         self._graph = self._result = None
         self._function = _released
         self._holds.clear()

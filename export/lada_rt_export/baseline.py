@@ -2,9 +2,9 @@
 
 Plain eager torch in float32, with the runtime's number of threads. As the release does it, and the runtime does not:
 logits of every row in every step with an explicit attention mask and fresh rotary tables; a sampler that sorts the
-whole vocabulary; remask noise made on the host; every encoder window of the release, all layers and the logit head
-where the files hold them; a text padded to 128 tokens; all latents before any audio; both channels through the mel
-decoder at once; whole windows through the vocoder in overlapping chunks.
+whole vocabulary; remask noise made on the host; every encoder window of the release, all layers and the logit head where the files hold
+them; a text padded to 128 tokens; all latents before any audio; both channels through the mel decoder at once, each of
+its norms one operator; whole windows through the vocoder in overlapping chunks.
 
 Better than the release: no cache of keys and values that nobody reads, grouped queries without copies of keys and
 values, fused attention everywhere (the release's mel decoder holds a 16384 x 16384 score matrix), weight norms and the
@@ -41,6 +41,7 @@ from torch import Tensor
 from lada_rt_export.bundle_source import BundleSource
 from lada_rt_export.checkpoints import open_tensors
 from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
+from lada_rt_export.models.mucodec_common import GroupNormF32
 from lada_rt_export.models.muq import KEY_PREFIX as MUQ_PREFIX
 from lada_rt_export.models.muq import MuQ, resample_to_24k
 from lada_rt_export.models.stages_condition import TextEncoderStage
@@ -115,6 +116,9 @@ class Baseline:
         self._encoder, self._flow = encoder, flow
         self._text, self._predictor = text.text, denoiser.mask_predictor
         self._vae, self._vocoder = mel.vae, vocoder.vocoder
+        for module in self._vae.modules():
+            if isinstance(module, GroupNormF32):
+                module.fused = True
         self._mean = torch.from_numpy(np.array(source.latent_mean))[:, None]  # [32, 1, 32]
         self._std = torch.from_numpy(np.array(source.latent_std))[:, None]
 

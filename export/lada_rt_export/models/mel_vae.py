@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lada_rt.errors import ParamError
 from torch import Tensor, nn
 
-from lada_rt_export.models.mucodec_common import Float32Buffers, check_positive, group_norm_f32
+from lada_rt_export.models.mucodec_common import Float32Buffers, GroupNormF32, check_positive
 
 __all__ = ["DEAD_KEYS", "KEY_PREFIX", "SCALE_FACTOR_KEY", "MelVAE", "MelVAEConfig"]
 
@@ -50,8 +50,8 @@ class MelVAEConfig:
                 )
 
 
-def _group_norm(config: MelVAEConfig, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+def _group_norm(config: MelVAEConfig, channels: int) -> GroupNormF32:
+    return GroupNormF32(config.norm_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -66,8 +66,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(group_norm_f32(x, self.norm1)))
-        h = self.conv2(F.silu(group_norm_f32(h, self.norm2)))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
@@ -86,7 +86,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, channels, rows, cols = x.shape
         # positions before channels once for all three: a 1x1 convolution is a linear layer there
-        h = group_norm_f32(x, self.norm).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, rows * cols, C]
+        h = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, rows * cols, C]
         # the query is scaled before the product: 1024-long sums overflow half precision
         q = self._pointwise(h, self.q) * channels**-0.5
         k, v = self._pointwise(h, self.k), self._pointwise(h, self.v)
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(range(len(self.up))):
             x = self.up[level](x)
-        return self.conv_out(F.silu(group_norm_f32(x, self.norm_out)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class MelVAE(Float32Buffers):

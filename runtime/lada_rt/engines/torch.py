@@ -6,6 +6,7 @@ only the codes of the song cross to the host.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import threading
@@ -72,6 +73,7 @@ class TorchEngine:
         *,
         name: str = "stage",
         n_bytes: int = 0,
+        exact: bool = False,
     ) -> None:
         """Args:
         function: takes the inputs by name as tensors on `device`; returns one tensor or a tuple of them.
@@ -79,6 +81,7 @@ class TorchEngine:
         device: where it computes.
         name: of the stage or part, for messages and profiles.
         n_bytes: device memory of its weights.
+        exact: convolve float32 in float32 whatever the process's setting; see `torch_loop.device`.
         """
         self._torch = import_torch()
         self._function = function
@@ -86,6 +89,7 @@ class TorchEngine:
         self.device = device
         self.name = name
         self.n_bytes = n_bytes
+        self._exact = exact
         # A package is loaded without its own locks, which cannot be captured in a graph.
         self._lock = threading.Lock()
 
@@ -95,11 +99,12 @@ class TorchEngine:
         Raises:
             EngineError: torch failed or is out of memory, or the inputs do not fit.
         """
-        from lada_rt.torch_loop.device import engine_errors, one_line
+        from lada_rt.torch_loop.device import engine_errors, float32_convolutions, one_line
 
+        convolutions = float32_convolutions if self._exact else contextlib.nullcontext()
         try:
             # no_grad, not inference_mode: the loops update results in place
-            with engine_errors(self.name), self._lock, self._torch.no_grad():
+            with engine_errors(self.name), self._lock, self._torch.no_grad(), convolutions:
                 result = self._function(**inputs)
         except LadaError:
             raise
@@ -160,4 +165,4 @@ def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) ->
             f"{path}: torch {torch.__version__} cannot load it ({' '.join(str(error).split())[:200]}); rebuild it "
             "with: lada-rt build-engine --backend torch"
         ) from None
-    return TorchEngine(compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]))
+    return TorchEngine(compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]), exact=True)

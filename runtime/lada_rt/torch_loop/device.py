@@ -23,6 +23,7 @@ __all__ = [
     "Turn",
     "capture",
     "engine_errors",
+    "float32_convolutions",
     "graph_being_captured",
     "marked",
     "one_line",
@@ -101,6 +102,57 @@ def to_host(tensor: Tensor) -> np.ndarray:
     return pinned.numpy()
 
 
+class _Float32Convolutions:
+    """While somebody is inside, cuDNN computes float32 convolutions in float32. Torch lets it round the factors to TF32
+    by default, which moves the mel decoder's output by 2 % of its range: an engine would not be the one that was proven.
+
+    The setting is the process's: the first in turns TF32 off, the last out puts back what was there. Convolutions that
+    others run meanwhile are as exact. Torch has an older and a newer name for it, and refuses to read the older one
+    where the two disagree.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._before: tuple[bool | None, str, str] = (None, "none", "none")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._before = self._turn_off()
+            self._n_inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._put_back(*self._before)
+
+    @staticmethod
+    def _turn_off() -> tuple[bool | None, str, str]:
+        flags: Any = torch.backends.cudnn
+        newer = flags.conv.fp32_precision, flags.rnn.fp32_precision
+        try:
+            older = bool(flags.allow_tf32)
+            flags.allow_tf32 = False
+            flags.rnn.fp32_precision = "ieee"  # else the two names disagree
+        except RuntimeError:  # only the newer name is in use
+            older = None
+        flags.conv.fp32_precision = "ieee"
+        return older, *newer
+
+    @staticmethod
+    def _put_back(older: bool | None, convolutions: str, recurrent: str) -> None:
+        flags: Any = torch.backends.cudnn
+        if older is not None:
+            flags.allow_tf32 = older
+        flags.conv.fp32_precision, flags.rnn.fp32_precision = convolutions, recurrent
+
+
+#: one for the process, as the setting is
+float32_convolutions = _Float32Convolutions()
+
+
 class Turn:
     """Lets the users of some fixed tensors in one after the other: threads by a lock, streams by an event."""
 
@@ -128,7 +180,7 @@ class Turn:
 
 
 class _Memory:
-    """A pool of torch's allocator. Torch gives it up with the last of its graphs, and asserts where it is used again."""
+    """A pool of torch's allocator. Torch gives it up with its last graph, and asserts where it is used again."""
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()

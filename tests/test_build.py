@@ -175,6 +175,20 @@ def test_an_unchanged_release_is_not_built_again(built: Built, tmp_path: Path) -
     bundle.verify()
 
 
+@pytest.mark.parametrize("name", [".", "..", "../song.bundle"])
+def test_a_bundle_named_from_within_itself(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """`rebuild_command` says `--out .` of a bundle that was opened as such."""
+    out = built.copy(tmp_path)
+    monkeypatch.chdir(out / "graphs" if name == ".." else out)
+    again, log = build(Path(name), built.source())
+    assert again is not None
+    assert rebuilt(log) == set()
+    assert again.path == out
+    assert [path.name for path in tmp_path.iterdir()] == ["song.bundle"]
+
+
 def test_a_changed_file_rebuilds_its_stages_only(built: Built, tmp_path: Path) -> None:
     other = write_synthetic_release(tmp_path / "other", "tiny", 8)
     out = built.copy(tmp_path)
@@ -459,20 +473,24 @@ def test_a_torch_engine_is_filed_under_the_version_it_is_looked_for(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.__version__ has a suffix on GPU builds that the installed distribution's version has not."""
+    limits: list[int] = []
     description = {
         "torch": "2.11.0+cu130",
         "device_key": "sm_90",
         "parts": [{"name": "denoiser", "file": "denoiser.pt2"}],
         "proof": {"max_rel_error": 0.0, "tolerance": 1.0},
     }
-    monkeypatch.setattr(torch_builder, "build_engine", lambda *args, **options: description)
+    monkeypatch.setattr(
+        torch_builder, "build_engine", lambda *_, **options: limits.append(options["memory_bytes"]) or description
+    )
     bundle, source = Bundle.open(built.bundle), built.source()
 
     def spec() -> StageSpec:
         return stage_spec("denoiser", source.module("denoiser"), source.sizes)
 
-    job = EngineJob(bundle, "denoiser", spec, "torch", "cuda", frozenset(), lambda line: None)
+    job = EngineJob(bundle, "denoiser", spec, "torch", "cuda", frozenset(), 1 << 40, lambda line: None)
     key = torch_builder.build(job, tmp_path).key
+    assert limits == [1 << 40]  # --memory-gb holds for the engine's proof too
     entry = EngineEntry(key, tmp_path, (), description["proof"])
     monkeypatch.setattr("lada_rt.engines.cache._gpu_arch", lambda: "sm_90")
     assert misfit(entry, bundle, this_machine("torch", "cuda")) is None

@@ -216,6 +216,8 @@ def bombs() -> dict[str, bytes]:
         "long decimal": b"L" + b"9" * 100_000 + b"L\n.",
         "negative length": b"\x80\x02\x8b" + struct.pack("<i", -1) + b".",
         "many marks": b"(" * 100_000 + b".",
+        "long names": b"\x80\x04" + _text("a" * (1 << 20)) + b"q\x00" + _text("b") + b"q\x01"
+        + b"h\x00h\x01\x93" * 1000 + b".",
         "many opcodes": b"\x80\x02" + b"N0" * (MAX_OPCODES // 2) + b"N.",
         "copied pairs": b"\x80\x02](" + b"(I1\nI2\nl" * 1000 + b"eq\x00"
         + (_global("collections", "OrderedDict") + b"h\x00\x85R0") * 1000 + b".",

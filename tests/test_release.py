@@ -186,6 +186,9 @@ def test_sizes_survive_json() -> None:
         {"mask_predictor": {"n_heads": 3}}, {"mask_predictor": {"rope_theta": "x"}}, {"vocoder": {"rates": []}},
         {"vocoder": {"dilations": [[1, 3], "x"]}}, {"mask_predictor": {"rtd_head": 1}},
         {"mask_predictor": {"rope_theta": float("inf")}},
+        {"flow": {"n_layers": 257}}, {"clamp3_text": {"n_layers": 1 << 20}}, {"mel_vae": {"n_res_blocks": 1 << 20}},
+        {"muq": {"mel_std": 0}}, {"vocoder": {"rates": [0, 5, 4, 2, 2]}}, {"vocoder": {"kernels": [5, 10, 8, 4, 4]}},
+        {"vocoder": {"dilations": [[0, 3, 5]] * 4}}, {"vocoder": {"resblock_kernels": [4, 7, 11, 15]}},
     ],
     ids=str,
 )  # fmt: skip

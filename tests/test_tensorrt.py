@@ -73,7 +73,9 @@ def demo_spec(source: TrainedSource, stage: str) -> StageSpec:
 
 
 def job(bundle: Bundle, source: TrainedSource, stage: str, log: list[str], **changes: frozenset[str]) -> EngineJob:
-    made = EngineJob(bundle, stage, partial(demo_spec, source, stage), "tensorrt", "cuda", frozenset(), log.append)
+    made = EngineJob(
+        bundle, stage, partial(demo_spec, source, stage), "tensorrt", "cuda", frozenset(), 1 << 40, log.append
+    )
     return replace(made, **changes)
 
 

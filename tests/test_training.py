@@ -375,6 +375,23 @@ def test_the_classifier_learns_what_can_be_told_apart() -> None:
     assert [hear(noise(True)), hear(noise(False))] == ["dark", "bright"]
 
 
+def test_times_nothing_is_no_number() -> None:
+    """Another song's accompaniment sounds the right chord by chance: then the ratio to it has no meaning."""
+    chance = evaluate.CHANCE
+
+    def ratio(shuffled: list[float]) -> float | None:
+        rows = [
+            {"chord_match": 0.5, "chord_match_shuffled": s, "onset_f1": 0.6, "onset_f1_shuffled": 0.4} for s in shuffled
+        ]
+        found = evaluate._summary([row | {"chord_match_codec": 0.5, "onset_f1_codec": 0.6} for row in rows])
+        assert found["onset_f1_of_shuffled"] == pytest.approx(1.5)
+        return found["chord_match_of_shuffled"]
+
+    assert ratio([chance - 0.04, chance + 0.07, chance - 0.03, chance + 0.02]) is None
+    assert ratio([chance - 0.01] * 4) is None
+    assert ratio([chance + 0.19, chance + 0.21, chance + 0.2]) == pytest.approx((0.5 - chance) / 0.2, rel=1e-3)
+
+
 def test_evaluate_runs_on_the_bundle(bundle: Path, tmp_path: Path) -> None:
     opened = Bundle.open(bundle)
     assert not opened.trained

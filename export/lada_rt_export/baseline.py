@@ -2,9 +2,9 @@
 
 Plain eager torch in float32, with the runtime's number of threads. As the release does it, and the runtime does not:
 logits of every row in every step with an explicit attention mask and fresh rotary tables; a sampler that sorts the
-whole vocabulary; remask noise made on the host; every encoder window of the release, all layers and the logit head where the files hold
-them; a text padded to 128 tokens; all latents before any audio; both channels through the mel decoder at once, each of
-its norms one operator; whole windows through the vocoder in overlapping chunks.
+whole vocabulary; remask noise made on the host; every encoder window of the release, all layers and the logit head
+where the files hold them; a text padded to 128 tokens; all latents before any audio; both channels through the mel
+decoder at once, each of its norms one operator; whole windows through the vocoder in overlapping chunks.
 
 Better than the release: no cache of keys and values that nobody reads, grouped queries without copies of keys and
 values, fused attention everywhere (the release's mel decoder holds a 16384 x 16384 score matrix), weight norms and the

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import shutil
 import time
 import zipfile
@@ -117,6 +118,7 @@ def build_bundle(
             builds the same bundle, or `out` is something else.
     """
     options = options or BuildOptions()
+    out = Path(os.path.abspath(out))  # a name of its own, so that there is a place beside it
     if out.exists() and not (out / "manifest.json").is_file():
         raise ExportError(f"{out} exists and is not a bundle; choose another --out or remove it")
     with locked(out):
@@ -231,6 +233,7 @@ class _Build:
                     self.options.backend,
                     device,
                     frozenset(self.options.compatibility),
+                    self.options.memory_bytes,
                     self.log,
                 )
             )

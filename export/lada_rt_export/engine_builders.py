@@ -61,6 +61,7 @@ class EngineJob:
         backend: name.
         device: "cpu" or "cuda".
         compatibility: of "later-versions" and "ampere-plus", for TensorRT.
+        memory_bytes: what the proof may take; sizes that need more are left out of it.
         log: told one line per step.
     """
 
@@ -70,6 +71,7 @@ class EngineJob:
     backend: str
     device: str
     compatibility: frozenset[str]
+    memory_bytes: int
     log: Callable[[str], None]
 
 

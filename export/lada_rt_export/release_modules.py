@@ -25,6 +25,7 @@ from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.models.stages_mucodec import EncoderStage, FlowStage, MelDecoderStage, VocoderStage
 from lada_rt_export.models.vocoder import Vocoder
 from lada_rt_export.release import Network, Release
+from lada_rt_export.release_agreement import check_codec, check_conditions
 from lada_rt_export.stages import StageSizes
 
 __all__ = ["ReleaseSource"]
@@ -72,7 +73,9 @@ class ReleaseSource:
             "clamp3_audio": release.clamp3_audio,
             "mert": release.mert,
         }
+        check_codec(release.sizes, self.geometry)
         configs = {name: network().config for name, network in networks.items()}
+        check_conditions(configs)
         self._configs = {name: asdict(config) for name, config in configs.items()}
         release.resample_kernel()
         release.mert_normalizes()

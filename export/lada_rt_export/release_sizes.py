@@ -1,7 +1,8 @@
 """Sizes of the released networks, and how another set of sizes is read from `lada_rt_sizes.json`.
 
 Shapes alone do not tell head counts, norm groups or dilations, so a release of other sizes carries this small
-file beside its LaDA-Band checkpoint. Every size is compared with the tensors' shapes when a network is read.
+file beside its LaDA-Band checkpoint. What shows in the tensors' shapes is compared with them when a network is read,
+what the networks must agree on by `release_agreement`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SIZES_FILE: Final = "lada_rt_sizes.json"
 _MAX_JSON_BYTES: Final = 64 << 20
 #: no real network comes near; a larger number is a typing error or an attack
 _MAX_SIZE: Final = 1 << 20
+#: what is counted in modules, each of which is made before the tensors are looked at
+_MAX_MODULES: Final = 256
 
 T = TypeVar("T")
 
@@ -96,6 +99,8 @@ def _config(make: Callable[..., T], values: Any, source: str) -> T:
     taken: dict[str, Any] = {}
     for name, value in values.items():
         taken[name] = _like(known[name], value, f"{source}.{name}")
+        if name in ("n_layers", "n_res_blocks") and taken[name] > _MAX_MODULES:
+            raise CheckpointError(f"{source}.{name}: expected at most {_MAX_MODULES}, got {value}; correct the sizes")
     try:
         return make(**taken)
     except ParamError as error:

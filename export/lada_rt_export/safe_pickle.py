@@ -28,6 +28,8 @@ __all__ = ["MAX_OPCODES", "MAX_PICKLE_BYTES", "Foreign", "Hooks", "plain", "read
 MAX_PICKLE_BYTES: Final = 64 << 20
 MAX_OPCODES: Final = 4_000_000
 _MAX_INT_BITS: Final = 8192
+#: characters of module and class
+_MAX_NAME: Final = 1000
 #: integers below this hash to themselves, so they cannot be chosen to collide
 _MAX_KEY_INT: Final = 1 << 60
 
@@ -197,6 +199,9 @@ def _safe_key(key: Any) -> Any:
 def _global(module: Any, name: Any) -> Foreign:
     if not isinstance(module, str) or not isinstance(name, str):
         raise _Bad("a class name that is not text")
+    # two long texts, stored once, would be joined anew at every opcode that names them
+    if len(module) + len(name) > _MAX_NAME:
+        raise _Bad(f"a class name of {len(module) + len(name)} characters")
     if module == "__builtin__":
         module = "builtins"
     return Foreign(f"{module}.{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,9 @@ ATTENTION = (
 _STEP_TIMES = 3
 
 
-def build_engine(spec: StageSpec, folder: Path, *, precision: str, device: str) -> dict[str, Any]:
+def build_engine(
+    spec: StageSpec, folder: Path, *, precision: str, device: str, memory_bytes: int = sys.maxsize
+) -> dict[str, Any]:
     """Compile a stage for the torch backend of this machine.
 
     Args:
@@ -43,6 +46,7 @@ def build_engine(spec: StageSpec, folder: Path, *, precision: str, device: str) 
         folder: where the packages go, `<part>.pt2`. It is made when missing.
         precision: of the weights: `fp32`, `bf16` or `fp16`.
         device: `cpu` or `cuda`.
+        memory_bytes: what the proof may take at most; sizes that need more are left out of it.
 
     Returns:
         What the runtime's loader reads: `backend`, `stage`, `precision`, `device_key`, `torch`,
@@ -74,7 +78,7 @@ def build_engine(spec: StageSpec, folder: Path, *, precision: str, device: str) 
             for part in parts
         ]
         engines = {part.name: load_package(folder, entry, where) for part, entry in zip(parts, entries, strict=True)}
-        answers = reference(spec, available_memory() // 2)
+        answers = reference(spec, min(available_memory() // 2, memory_bytes))
         proof = prove(spec, answers, _whole(spec, engines), f"AOTInductor package on {key}")
     except BaseException:
         for path in paths.values():

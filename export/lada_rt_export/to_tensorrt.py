@@ -47,7 +47,7 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
         raise EngineError(f"backend tensorrt: expected TensorRT and an NVIDIA GPU, got {machine}; see: lada-rt doctor")
     spec = job.spec()
     stage = job.bundle.stages[job.stage]
-    expected = reference(spec, available_memory() // 2)
+    expected = reference(spec, min(available_memory() // 2, job.memory_bytes))
     cases = folder / "cases"
     cases.mkdir()
     for index, case in enumerate(expected.cases):

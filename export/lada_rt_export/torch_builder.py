@@ -25,7 +25,7 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
     """
     spec = job.spec()
     stage = job.bundle.stages[job.stage]
-    description = build_engine(spec, folder, precision=spec.precision, device=job.device)
+    description = build_engine(spec, folder, precision=spec.precision, device=job.device, memory_bytes=job.memory_bytes)
     # Not torch.__version__, which may have a suffix that the distribution's version has not: the runtime, which looks
     # before it imports torch, compares the latter.
     version = this_machine("torch", job.device).backend_version

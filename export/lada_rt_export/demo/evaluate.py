@@ -217,13 +217,21 @@ def _ratio(a: float | None, b: float | None, chance: float) -> float | None:
     return round((a - chance) / (b - chance), 4)
 
 
+def _noise(values: Sequence[float | None]) -> float:
+    """Twice the standard error of a mean over songs: what is no more than this is nothing."""
+    numbers = [v for v in values if v is not None]
+    return 2 * float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
+
+
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over songs, and the ratios that the goals are stated in."""
     names = sorted({name for row in rows for name, value in row.items() if isinstance(value, float)})
     out: dict[str, Any] = {name: _mean([row.get(name) for row in rows]) for name in names}
     for name, chance in (("chord_match", CHANCE), ("onset_f1", 0.0)):
         out[f"{name}_of_codec"] = _ratio(out[name], out[f"{name}_codec"], chance)
-        out[f"{name}_of_shuffled"] = _ratio(out[name], out[f"{name}_shuffled"], chance)
+        # how many times nothing is: no number
+        left = (out[f"{name}_shuffled"] or 0.0) - chance > _noise([row.get(f"{name}_shuffled") for row in rows])
+        out[f"{name}_of_shuffled"] = _ratio(out[name], out[f"{name}_shuffled"], chance) if left else None
     return out
 
 
@@ -266,7 +274,10 @@ def evaluate(
         true_onsets = onsets(song.accompaniment, RATE_HZ)
         for kind, audio in zip(_KINDS, (made[i], song.accompaniment, codec, shuffled), strict=True):
             row[f"chord_match{kind}"] = chord_match(audio, song)
-            row[f"onset_f1{kind}"] = onset_f1(onsets(audio, RATE_HZ), true_onsets)
+            # the other song may be longer or shorter: as much is compared as both have
+            n = min(audio.shape[1], song.accompaniment.shape[1]) if kind == "_shuffled" else audio.shape[1]
+            found = onsets(audio[:, :n], RATE_HZ)
+            row[f"onset_f1{kind}"] = onset_f1(found, true_onsets[true_onsets * RATE_HZ < n])
         row |= fullness(made[i], song.accompaniment, song)
     log("measured")
     curve = [_curve_point(evaluator, settings, songs[: settings.curve_songs], n, log) for n in settings.curve_steps]

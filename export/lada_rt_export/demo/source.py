@@ -134,7 +134,7 @@ def _about(text: str) -> dict[str, Any]:
     """The header's entry; empty if it is none of ours."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -74,6 +74,8 @@ class MuQConfig:
     def __post_init__(self) -> None:
         check_positive(self, "conv_dim", "dim", "n_heads", "ffn_dim", "depthwise_kernel", "n_mels", "n_fft")
         check_positive(self, "hop_samples", "sample_rate")
+        if not self.mel_std > 0:
+            raise ParamError(f"MuQConfig.mel_std must be above 0, got {self.mel_std}; correct the config")
         if self.n_layers < 0:
             raise ParamError(f"MuQConfig.n_layers must be 0 or more, got {self.n_layers}; correct the config")
         if self.dim % (2 * self.n_heads):

@@ -42,6 +42,16 @@ class VocoderConfig:
                 f"VocoderConfig: resblock_kernels and dilations must have the same length, got "
                 f"{len(self.resblock_kernels)} and {len(self.dilations)}; correct the config"
             )
+        if not all(1 <= rate <= kernel for rate, kernel in zip(self.rates, self.kernels, strict=True)):
+            raise ParamError(
+                f"VocoderConfig: every rate must be 1 or more and at most its kernel, got {self.rates} and "
+                f"{self.kernels}; correct the config"
+            )
+        if not all(kernel % 2 for kernel in self.resblock_kernels) or min(map(min, self.dilations)) < 1:
+            raise ParamError(
+                f"VocoderConfig: resblock_kernels must be odd and dilations 1 or more, got {self.resblock_kernels} and "
+                f"{self.dilations}; correct the config"
+            )
         if self.initial_channels % 2 ** len(self.rates):
             raise ParamError(
                 f"VocoderConfig.initial_channels must be a multiple of {2 ** len(self.rates)}, got "

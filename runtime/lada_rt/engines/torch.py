@@ -165,4 +165,6 @@ def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) ->
             f"{path}: torch {torch.__version__} cannot load it ({' '.join(str(error).split())[:200]}); rebuild it "
             "with: lada-rt build-engine --backend torch"
         ) from None
-    return TorchEngine(compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]), exact=True)
+    return TorchEngine(
+        compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]), exact=True
+    )

@@ -104,7 +104,7 @@ def to_host(tensor: Tensor) -> np.ndarray:
 
 class _Float32Convolutions:
     """While somebody is inside, cuDNN computes float32 convolutions in float32. Torch lets it round the factors to TF32
-    by default, which moves the mel decoder's output by 2 % of its range: an engine would not be the one that was proven.
+    by default, which moves the mel decoder's output by 2 % of its range: the engine would not be what was proven.
 
     The setting is the process's: the first in turns TF32 off, the last out puts back what was there. Convolutions that
     others run meanwhile are as exact. Torch has an older and a newer name for it, and refuses to read the older one

@@ -412,18 +412,18 @@ def sound(state: State) -> dict[str, Any]:
         best: tuple[float, str, nn.Module] | None = None
         found[name] = {}
         for layout in ("plain", "channels_last"):
-            for precision in ("fp32", "fp16", "bf16"):
+            for precision in ("fp32", "tf32", "fp16", "bf16"):
                 module: nn.Module = wrap(stage) if layout == "channels_last" else copy.deepcopy(stage)
-                module = module.to(DTYPES[precision])
-                label = f"{precision if precision != 'fp32' else 'tf32'}, {layout}"
-                with torch.no_grad():
+                module = module.to(DTYPES.get(precision, torch.float32))
+                label = f"{precision}, {layout}"
+                with exact_float32() if precision == "fp32" else contextlib.nullcontext(), torch.no_grad():
                     error_db = 20 * float(np.log10(max(relative_error(module(**small), expected), 1e-12)))
                     entry: dict[str, Any] = timed(partial(module, **given), device, 3, 1)
                 entry |= {"error_db": error_db, **state.fraction(work, entry["median_s"])}
                 found[name][label] = entry
                 state.say(f"{name}, {label}: {entry['median_s'] * 1e3:.1f} ms, {error_db:.1f} dB")
-                # TF32 is what the release runs, so it needs no leave
-                good = error_db < SOUND_LIMIT_DB or precision == "fp32"
+                # TF32, which the release runs, is for comparison: packages do without
+                good = error_db < SOUND_LIMIT_DB and precision != "tf32"
                 if good and (best is None or entry["median_s"] < best[0]):
                     best = (entry["median_s"], label, module)
         assert best is not None

@@ -5,6 +5,7 @@ python examples/batch.py VOCALS OUT [--bundle B] [--text T] [--steps 60] [--flow
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from lada_rt import AudioError, GenerationParams, Pipeline, Progress
@@ -37,7 +38,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     vocals = sorted(p for p in args.vocals.iterdir() if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
     # A file is written under another name first, so what exists is whole and need not be made again.
-    todo = [(vocal, args.out / f"{vocal.stem}.wav") for vocal in vocals]
+    stems = Counter(p.stem for p in vocals)
+    todo = [(vocal, args.out / f"{vocal.stem if stems[vocal.stem] == 1 else vocal.name}.wav") for vocal in vocals]
     done = [vocal for vocal, out in todo if out.exists()]
     print(f"{len(vocals)} vocals, {len(done)} done before")
 

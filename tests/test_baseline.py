@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lada_rt import _C
 from lada_rt.bench.check import Recorder
-from lada_rt.bundle import Bundle
+from lada_rt.bundle import Bundle, file_sha256
 from lada_rt.errors import CheckpointError, EngineError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
@@ -24,6 +25,7 @@ from lada_rt_export.models.latent_norm import LatentNorm
 from lada_rt_export.models.mask_predictor import MaskPredictor
 from lada_rt_export.models.mel_vae import MelVAE
 from lada_rt_export.models.mert import Mert
+from lada_rt_export.models.mucodec_common import GroupNormF32
 from lada_rt_export.models.muq import MuQ
 from lada_rt_export.models.stages_mucodec import EncoderStage
 from lada_rt_export.models.vocoder import Vocoder
@@ -149,6 +151,38 @@ def test_the_release_runs_layers_nobody_needs(source: ReleaseSource, bundle: Bun
     assert isinstance(opponent._muq, MuQ)
     assert len(opponent._muq.conformer.layers) == 2 * len(stage.muq.conformer.layers)
     assert opponent._head is not None
+
+
+def test_each_norm_of_the_mel_decoder_is_one_operator(
+    source: ReleaseSource, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the release: spelt out for ONNX Runtime, as the exported stage has it, it costs eager torch more passes."""
+    calls: list[int] = []
+    group_norm = torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *a, **k: calls.append(1) or group_norm(*a, **k))
+    opponent = Baseline(source, bundle)
+    latents = torch.randn(1, 32, 4, 32, generator=torch.Generator().manual_seed(0))
+    stage = source.module("mel_decoder")
+    with torch.inference_mode():
+        found = opponent.mel(latents)
+        n_norms = sum(isinstance(module, GroupNormF32) for module in stage.modules())
+        assert len(calls) == n_norms > 20
+        wanted = stage(torch.cat(latents.chunk(2, dim=1)))
+    assert len(calls) == n_norms  # the stage's are still spelt out
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bundle_brings_its_tokenizer(source: ReleaseSource, tmp_path: Path) -> None:
+    """It may have been built with --tokenizer, from a root that holds none."""
+    made = write_synthetic_release(tmp_path / "release", "tiny", seed=3)
+    shutil.rmtree(made.pretrained_root / "hub")
+    folder = write_stub_bundle(tmp_path / "a.bundle", vocab_size=source.sizes.vocab_size, mask_id=source.sizes.mask_id)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    path = folder / "tokenizer.json"
+    path.write_bytes(source.tokenizer_json)
+    manifest["files"][path.name] |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert Baseline.for_bundle(Bundle.open(folder), made.checkpoint, made.pretrained_root)
 
 
 def test_a_run_reports_every_stage(source: ReleaseSource, bundle: Bundle) -> None:

@@ -12,6 +12,7 @@ from lada_rt import EngineError, engines
 from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache, load_engines
 from lada_rt.engines.cache import EngineEntry, EngineKey, rebuild_command, write_engine
+from lada_rt.engines.onnxruntime import OnnxEngine, load_onnxruntime
 
 VERSION = "2.13.0"
 
@@ -112,6 +113,26 @@ def test_the_command_builds_for_the_device_that_was_asked_for(bundle: Bundle, mo
     with pytest.raises(EngineError, match=r"built for sm_90, this device is cpu-x; .* --device cpu$"):
         load_engines(bundle, backend="torch", device="cpu")
     assert rebuild_command(bundle.path, entry.key).endswith("--backend torch --precision fp32")
+
+
+def test_onnx_runtime_computes_float32_in_float32_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    class Session:
+        def __init__(self, graph: str, options: object, providers: list[object]) -> None:
+            given.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def get_outputs(self) -> list[object]:
+            return []
+
+    ort = load_onnxruntime()
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    OnnxEngine(tmp_path / "a.onnx", device="cuda")
+    assert given == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
 def test_the_embedded_bundle_is_not_built_into() -> None:

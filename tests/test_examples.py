@@ -46,17 +46,19 @@ def test_batch_goes_on_where_it_was(tmp_path: Path, vocal: Path) -> None:
     out.mkdir()
     vocal.rename(folder / "a.wav")
     (folder / "b.wav").write_bytes((folder / "a.wav").read_bytes())
+    for name in ("c.wav", "c.flac"):  # two vocals, not one
+        soundfile.write(folder / name, sung(24_000), 48_000)
     (folder / "broken.wav").write_text("not audio")
     (folder / "notes.txt").write_text("ignored")
     (out / "b.wav").write_bytes(b"made before")
     done = example("batch.py", folder, out, "--steps", 2, "--flow-steps", 1)
     assert done.returncode == 1
-    assert "3 vocals, 1 done before" in done.stdout
+    assert "5 vocals, 1 done before" in done.stdout
     assert "broken.wav" in done.stderr
     assert "Traceback" not in done.stderr
     assert soundfile.info(out / "a.wav").frames == N_SAMPLES
     assert (out / "b.wav").read_bytes() == b"made before"
-    assert sorted(p.name for p in out.iterdir()) == ["a.wav", "b.wav"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.wav", "b.wav", "c.flac.wav", "c.wav.wav"]
 
 
 def test_cancel(vocal: Path) -> None:

@@ -136,7 +136,9 @@ class Baseline:
             CheckpointError: they are neither.
         """
         if checkpoint is not None and pretrained_root is not None:
-            return cls(ReleaseSource(Release.locate(checkpoint, pretrained_root)), bundle)
+            # the bundle's own tokenizer, wherever it was found when the bundle was built
+            tokenizer = bundle.file_path(bundle.files["tokenizer.json"])
+            return cls(ReleaseSource(Release.locate(checkpoint, pretrained_root, tokenizer)), bundle)
         if checkpoint is not None:
             return cls(TrainedSource(checkpoint), bundle)
         demo = TrainedSource(DEMO_WEIGHTS)

@@ -90,6 +90,6 @@ def compile_blocks(module: nn.Module) -> None:
 
 
 def part_engine(part: StagePart, device: torch.device) -> TorchEngine:
-    """The part as an engine of the runtime, without compiling a package."""
+    """The part as an engine of the runtime, without compiling a package; as exact as one."""
     n_bytes = sum(t.numel() * t.element_size() for t in (*part.module.parameters(), *part.module.buffers()))
-    return TorchEngine(part.module, part.outputs, device, name=part.name, n_bytes=n_bytes)
+    return TorchEngine(part.module, part.outputs, device, name=part.name, n_bytes=n_bytes, exact=True)

@@ -80,7 +80,9 @@ class OnnxEngine:
         #: whether runs leave memory behind that `release` can give back
         self._reserves = device == "cpu" and options.enable_cpu_mem_arena
         options.log_severity_level = 3
-        providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
+        # by default it rounds factors to TF32: float32 graphs would not be what was proven
+        cuda = (provider, {"use_tf32": "0"})
+        providers = [provider] if device == "cpu" else [cuda, PROVIDERS["cpu"]]
         try:
             self._session: Any = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from lada_rt.bench import machine
 from lada_rt.bench.check import relative_error
 from lada_rt.bundle import Bundle, demo_bundle_path
+from lada_rt.cpus import cpu_count
 from lada_rt.decode import with_halo
-from lada_rt.engines.onnxruntime import cpu_count, load_onnxruntime
+from lada_rt.engines.onnxruntime import load_onnxruntime
 from lada_rt_export.models.mel_vae import Upsample
 from lada_rt_export.models.muq import MelFrontEnd, MuQConfig
 from onnx import TensorProto, helper, numpy_helper

@@ -38,7 +38,7 @@ import onnxruntime
 import soundfile
 import torch
 from lada_rt.bundle import STAGES, Bundle
-from lada_rt.engines.onnxruntime import cpu_count
+from lada_rt.cpus import cpu_count
 from lada_rt_export.synthetic_release import write_synthetic_release
 
 LIMIT_GB = 16.0

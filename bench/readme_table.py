@@ -68,11 +68,15 @@ def table(reports: list[tuple[Path, dict[str, Any]]]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     for path, report in reports:
         lines += ["| " + " | ".join(row) + " |" for row in rows_of(report, path)]
-    flow = sorted({report["options"]["flow_steps"] for _, report in reports})
+    runs, flow = (
+        " or ".join(map(str, sorted({report["options"][name] for _, report in reports})))
+        for name in ("repeat", "flow_steps")
+    )
     lines += [
         "",
-        "RTF is compute seconds per second of audio, from reading the vocal to the last sample (LaDA-Band, B.3);",
-        f"loading, the first run and writing files are not in it. Medians; {' or '.join(map(str, flow))} flow steps.",
+        "RTF is wall seconds per second of audio, from reading the vocal to the last sample (LaDA-Band, B.3);",
+        f"loading, the first run and writing files are not in it. Medians of {runs} runs, {flow} flow steps; no memory",
+        "where eager torch, the same weights as plain PyTorch modules, shares the process.",
         "Every configuration is checked against a reference before it is timed, by `lada-rt bench`; the links lead",
         "to the reports.",
     ]
@@ -97,8 +101,8 @@ def music_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{settings['n_songs']} unseen songs of {length} s, {settings['steps']} steps, {settings['flow_steps']} flow",
-        f"steps; ratios of chords after chance ({report['chord_chance']:.2f}) is taken off, none if nothing of another",
-        "song's is left then.",
+        f"steps; ratios of chords after chance ({report['chord_chance']:.2f}) is taken off, none if no more of",
+        "another song's is left than its noise.",
         f"Level where nobody sings, over the truth's: {levels}.",
     ]
     return "\n".join(lines)

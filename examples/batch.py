@@ -1,5 +1,7 @@
 """Make the accompaniments of a folder of vocals. Stopped at any point, it goes on where it was when started again.
 
+What is in OUT already is kept, whatever the options: take a new folder for others.
+
 python examples/batch.py VOCALS OUT [--bundle B] [--text T] [--steps 60] [--flow-steps 20] [--seed 13]
 """
 
@@ -36,6 +38,8 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.out.resolve() == args.vocals.resolve():
+        parser.error("OUT: expected another folder than VOCALS, whose files would count as done")
     vocals = sorted(p for p in args.vocals.iterdir() if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
     # A file is written under another name first, so what exists is whole and need not be made again.
     stems = Counter(p.stem for p in vocals)

@@ -252,6 +252,22 @@ def test_truncated_file_keeps_what_is_there(tmp_path: Path) -> None:
     assert loaded.duration_s == pytest.approx(loaded.samples.shape[1] / 48_000)
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("rate_hz", [48_000, 44_100])
+def test_mono_is_the_mean_of_all_channels(tmp_path: Path, as_file: bool, rate_hz: int) -> None:
+    """A reference (spec/clamp3 3.1): of six channels each counts for a sixth, the one with sound too."""
+    surround = np.zeros((6, rate_hz), np.float32)
+    surround[3] = sung(rate_hz)
+    surround[0, 5] = np.nan
+    path = tmp_path / "v.wav"
+    source = write(path, surround.T, rate_hz, subtype="FLOAT") if as_file else (surround, rate_hz)
+    loaded = load_audio(source, 48_000, what="reference", mono=True)
+    alone = load_audio((sung(rate_hz), rate_hz), 48_000)
+    assert loaded.samples.shape == (1, 48_000)
+    np.testing.assert_allclose(loaded.samples, alone.samples / 6, atol=1e-6)
+    assert loaded.warnings == ("reference: 1 samples were NaN or infinite and have been replaced by 0 or full scale",)
+
+
 def with_length(path: Path, data: bytes, n_frames: int) -> Path:
     """A FLAC whose header states another length (STREAMINFO: the low half of byte 21, and bytes 22 to 25)."""
     header = bytearray(data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lada_rt import cli
-from lada_rt.bench import measure, quality
+from lada_rt.bench import machine, measure, quality
 from lada_rt.bench.check import Recorder, check_run
 from lada_rt.bench.command import numbers
 from lada_rt.bench.compare import read_report
@@ -364,6 +364,57 @@ def test_ratios_are_opponent_over_runtime(stubbed: Path, capsys: pytest.CaptureF
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ParamError):
         BenchOptions(**options)
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 361.0), (1.0, 1e-6), (1.0, 1.000001)])
+def test_lengths_are_checked_before_anything_is_measured(stubbed: Path, seconds: tuple[float, ...]) -> None:
+    lines: list[str] = []
+    with pytest.raises(ParamError, match="--seconds: expected different lengths from 1 sample to the bundle's 360 s"):
+        run_bench(stubbed, BenchOptions(steps=(2,), seconds=seconds, repeat=1), log=lines.append)
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--json r.json --plot r.json", "--plot: r.json is also --json"),
+        ("--json stats.npz --fad-model m --fad-rate 16000 --fad-reference stats.npz", "--json: stats.npz is an input"),
+        ("--plot weights --checkpoint weights", "--plot: weights is an input"),
+    ],
+)
+def test_reports_overwrite_no_input_nor_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], options: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("stats.npz", "weights"):
+        (tmp_path / name).write_text("kept")
+    assert cli.run(["bench", *options.split()]) == 2
+    messages = capfd.readouterr().err
+    assert says in messages
+    assert messages.count("\n") == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"stats.npz": "kept", "weights": "kept"}
+
+
+def test_memory_is_counted_once_what_the_checks_left_is_given_back(
+    stubbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(measure, "return_freed", lambda: order.append("given back"))
+    monkeypatch.setattr(measure.machine, "reset_peak_rss", lambda: order.append("count"))
+    run_bench(stubbed, BenchOptions(steps=(2,), seconds=(1.0,), repeat=1, flow_steps=1, quality=False))
+    assert order == ["given back", "count"]
+
+
+def test_bandwidth_is_that_of_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copyto = np.copyto
+    monkeypatch.setattr(machine, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine, "MATMUL_SIZE", 16)
+    monkeypatch.setattr(machine, "COPY_BYTES", 8 * 1001)
+    monkeypatch.setattr(machine, "PEAK_RUNS", 1)
+    monkeypatch.setattr(np, "copyto", lambda to, of: copied.append(len(of)) or copyto(to, of))
+    assert machine.measure_peaks().bytes_per_s > 0
+    assert sorted(copied) == [250, 250, 250, 251]
 
 
 def test_numbers() -> None:

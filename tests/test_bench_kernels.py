@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "bench_kernels.py"
 
 def test_tiny_run_writes_rows_and_ratios(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
-    command = [sys.executable, "-P", str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(out)]
+    command = [sys.executable, "-P", str(SCRIPT), "--device", "cpu", "--tiny", "--threads", "1", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())

@@ -108,6 +108,8 @@ def test_audio_of_another_rate_is_resampled(tmp_path: Path) -> None:
         ({}, "text.npz", "expected `mean` and `covariance`"),
         ({}, "wide.npz", "expected statistics of 2 numbers"),
         ({}, "square.npz", r"expected mean \[D\] and covariance"),
+        ({}, "nan mean.npz", "expected finite numbers"),
+        ({}, "infinite covariance.npz", "expected finite numbers"),
     ],
 )
 def test_files_of_another_form_are_refused(model: dict[str, Any], reference: str, message: str, tmp_path: Path) -> None:
@@ -116,6 +118,8 @@ def test_files_of_another_form_are_refused(model: dict[str, Any], reference: str
     save_statistics(tmp_path / "good.npz", levels_of((0, 0), (1, 1)))
     save_statistics(tmp_path / "wide.npz", np.random.default_rng(0).standard_normal((9, 3)))
     np.savez(tmp_path / "square.npz", mean=np.zeros(2), covariance=np.zeros((3, 3)))
+    np.savez(tmp_path / "nan mean.npz", mean=np.array([np.nan, 0]), covariance=np.eye(2))
+    np.savez(tmp_path / "infinite covariance.npz", mean=np.zeros(2), covariance=np.full((2, 2), np.inf))
     path = save_model(tmp_path / "m.onnx", **model)
     with pytest.raises(ParamError, match=message):
         FrechetDistance(path, RATE, tmp_path / reference)  # before anything is measured

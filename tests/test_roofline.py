@@ -167,6 +167,22 @@ def test_songs(
     assert song_only * 0.999 < work["vocoder"].flops / TERA < whole_pass * 1.001
 
 
+def test_half_precision_moves_half_the_weights() -> None:
+    """1B: 2.01 GB of weights a step in bf16 (spec/lada_band g)."""
+
+    def work(**value_bytes: int) -> dict[str, float]:
+        options = {"n_samples": 480_000, "n_steps": 1, "flow_steps": 1}
+        return {k: w.bytes for k, w in song_work(ModelSizes(), GEOMETRY, **options, value_bytes=value_bytes).items()}
+
+    full = work()
+    half = work(denoiser=2, flow=2, mel_decoder=2, vocoder=2)
+    assert full["denoiser"] == 2 * half["denoiser"]
+    assert half["denoiser"] == pytest.approx(2.01e9, rel=0.01)
+    assert full["encoder"] == half["encoder"]
+    for name in ("flow", "mel_decoder", "vocoder"):  # states and sound stay float32
+        assert 0.5 * full[name] < half[name] < full[name]
+
+
 def test_work_is_linear_in_steps_and_halved_without_guidance() -> None:
     def flow(flow_steps: int, guided: bool) -> float:
         work = song_work(

@@ -29,8 +29,8 @@ from lada_rt.bench.check import Recorder
 from lada_rt.bench.difference import relative_error
 from lada_rt.bundle import Bundle
 from lada_rt.condition import MAX_TOKENS, PAD_ID, assemble_prefix, load_tokenizer, position_ids, tokenize
+from lada_rt.cpus import cpu_count
 from lada_rt.decode import VOCODER_HALO_FRAMES
-from lada_rt.engines.onnxruntime import cpu_count
 from lada_rt.errors import EngineError, ParamError
 from lada_rt.noise import flow_noise, released_remask_noise
 from lada_rt.params import GenerationParams

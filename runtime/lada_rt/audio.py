@@ -30,6 +30,7 @@ __all__ = [
     "AudioWriter",
     "LoadedAudio",
     "check_output_path",
+    "check_source",
     "check_target",
     "load_audio",
     "mix_vocal",
@@ -81,6 +82,7 @@ def load_audio(
     end_s: float | None = None,
     max_seconds: float = math.inf,
     what: str = "vocal",
+    mono: bool = False,
 ) -> LoadedAudio:
     """Read a segment of a file or array and resample it (spec/lada_band e: resample first, channels second).
 
@@ -90,10 +92,11 @@ def load_audio(
         start_s, end_s: the segment in seconds; end None is the end of the source.
         max_seconds: the longest segment allowed.
         what: name used in messages.
+        mono: average all channels (spec/clamp3 3.1); of linear steps the order does not matter.
 
     Returns:
-        One or two channels: mono stays mono, of more than two the first two are kept, as the released program does. NaN
-        becomes 0 and infinities +-1 before resampling, which would spread them.
+        One or two channels: mono stays mono, of more than two the first two are kept, as the released program does with
+        a vocal. NaN becomes 0 and infinities +-1 before resampling, which would spread them.
 
     Raises:
         AudioError: no such file, not audio, its length unknown, empty, too short or long, or the segment lies outside.
@@ -107,11 +110,11 @@ def load_audio(
             raise ParamError(f"{what}: expected a path or (samples, sample rate), got {type(source).__name__}")
         else:
             segment = _open_file(files, source, start_s, end_s, max_seconds, what)
-        samples, n_frames, n_bad = _collect(segment, rate_hz)
+        samples, n_frames, n_bad = _collect(segment, rate_hz, mono)
     if n_frames == 0:
         raise AudioError(f"{what}: {source}: expected {segment.n_frames} samples, got none; the file is truncated")
     warnings = []
-    if segment.n_channels > 2:
+    if segment.n_channels > 2 and not mono:
         warnings.append(f"{what}: {segment.n_channels} channels, only the first two are used")
     if n_bad:
         warnings.append(f"{what}: {n_bad} samples were NaN or infinite and have been replaced by 0 or full scale")
@@ -130,11 +133,12 @@ class _Segment:
     blocks: Iterator[np.ndarray]
 
 
-def _collect(segment: _Segment, rate_hz: int) -> tuple[np.ndarray, int, int]:
+def _collect(segment: _Segment, rate_hz: int, mono: bool) -> tuple[np.ndarray, int, int]:
     """Mend and resample a segment block by block: (samples [1 or 2, N], frames read, bad samples)."""
     import soxr
 
-    n_channels = min(segment.n_channels, 2)
+    n_used = segment.n_channels if mono else min(segment.n_channels, 2)
+    n_channels = 1 if mono else n_used
     resampler = None
     if segment.rate_hz != rate_hz:
         resampler = soxr.ResampleStream(segment.rate_hz, rate_hz, n_channels, dtype="float32", quality="VHQ")
@@ -150,13 +154,13 @@ def _collect(segment: _Segment, rate_hz: int) -> tuple[np.ndarray, int, int]:
         filled += len(piece)
 
     for block in segment.blocks:
-        block = np.ascontiguousarray(block[:, :n_channels])
+        block = np.ascontiguousarray(block[:, :n_used])
         bad = block.size - int(np.count_nonzero(np.isfinite(block)))
         if bad:
             block = np.nan_to_num(block, nan=0.0, posinf=1.0, neginf=-1.0)
         n_bad += bad
         n_read += len(block)
-        keep(block, last=False)
+        keep(block.mean(axis=1, dtype=np.float32, keepdims=True) if mono else block, last=False)
     if resampler is not None:
         keep(np.zeros((0, n_channels), np.float32), last=True)
     n_out = max(1, n_read * rate_hz // segment.rate_hz)  # less than foreseen when the file is truncated
@@ -179,18 +183,25 @@ def _segment_frames(
         raise AudioError(f"{what}: expected audio, got zero samples; give a file that holds sound")
     start = int(rate_hz * start_s)
     if start >= n_frames:
-        raise AudioError(
-            f"{what}: --start {start_s:g} s lies past the end ({n_frames / rate_hz:.2f} s); give an earlier start"
-        )
+        # a reference starts where the vocal does, unless told otherwise
+        remedy = "give an earlier --reference-start" if what.startswith("reference") else "give an earlier start"
+        raise AudioError(f"{what}: --start {start_s:g} s lies past the end ({n_frames / rate_hz:.2f} s); {remedy}")
     stop = n_frames if end_s is None else min(n_frames, int(rate_hz * end_s))
     if stop <= start:
         raise AudioError(f"{what}: the segment from {start_s:g} s to {end_s} s holds no sample; make it longer")
     if (stop - start) / rate_hz > max_seconds:
         raise AudioError(
             f"{what}: expected at most {max_seconds:g} s, got {(stop - start) / rate_hz:.1f} s; "
-            "cut it with --start and --end, or build a bundle with a larger --max-seconds"
+            "cut it with --start and --end, or take it whole with --long"
         )
     return start, stop
+
+
+def check_source(path: str | os.PathLike[str], what: str) -> None:
+    """Raise `AudioError` unless there is a file."""
+    # not Path.is_file, which raises where a name is too long or a folder is closed to us
+    if not os.path.isfile(path):
+        raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
 
 
 def _open_file(
@@ -203,9 +214,7 @@ def _open_file(
 ) -> _Segment:
     import soundfile
 
-    # not Path.is_file, which raises where a name is too long or a folder is closed to us
-    if not os.path.isfile(path):
-        raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
+    check_source(path, what)
 
     def refuse(error: Exception) -> AudioError:
         # libsndfile's own message without the name, which is there already
@@ -276,7 +285,7 @@ def _open_array(
     def blocks() -> Iterator[np.ndarray]:
         for position in range(start, stop, BLOCK_FRAMES):
             with np.errstate(over="ignore"):
-                yield samples[:2, position : min(position + BLOCK_FRAMES, stop)].T.astype(np.float32)
+                yield samples[:, position : min(position + BLOCK_FRAMES, stop)].T.astype(np.float32)
 
     return _Segment(int(rate_hz), samples.shape[0], stop - start, blocks())
 

@@ -178,7 +178,7 @@ class Bundle:
         if not os.path.isfile(manifest_path):
             what = "no manifest.json in it" if os.path.isdir(folder) else "no such folder"
             raise BundleError(
-                f"{folder}: expected a bundle folder, {what}; make one with: lada-rt build-engine --demo --out {folder}"
+                f"{folder}: expected a bundle folder, {what}; correct the path, or build it with: lada-rt build-engine"
             )
         try:
             if manifest_path.stat().st_size > MANIFEST_LIMIT_BYTES:

@@ -19,7 +19,7 @@ import click
 from click.core import ParameterSource
 
 import lada_rt
-from lada_rt.errors import EngineError, LadaError, ParamError
+from lada_rt.errors import LadaError, ParamError, missing_for_export
 from lada_rt.notes import note
 from lada_rt.params import GenerationParams
 
@@ -50,7 +50,7 @@ def backend_options(command: Any) -> Any:
     )
 
 
-json_option = click.option("--json", "json_file", type=PathArg, metavar="FILE", help="Write a report for machines.")
+json_option = click.option("--json", "json_file", type=PathArg, metavar="FILE", help="Write a JSON report.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 bundle_option = click.option(
     "--bundle",
@@ -63,7 +63,11 @@ bundle_option = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(lada_rt.__version__, package_name="lada-rt", message="lada-rt %(version)s")
 def app() -> None:
-    """A sung vocal in, a full-song accompaniment out: inference runtime for LaDA-Band."""
+    """A sung vocal in, a full-song accompaniment out: inference runtime for LaDA-Band.
+
+    Exit codes: 0 done, 1 bench --compare found a regression, 2 usage, option or output file, 3 audio input, 4 bundle,
+    checkpoint or export, 5 backend, device or memory, 130 interrupted, 143 terminated.
+    """
 
 
 @app.command()
@@ -79,7 +83,13 @@ def app() -> None:
     "--reference",
     type=PathArg,
     metavar="FILE",
-    help="Audio whose style to follow, read from --start to its end.",
+    help="Audio whose style to follow.",
+)
+@click.option(
+    "--reference-start",
+    type=float,
+    metavar="S",
+    help="Where to begin in the reference, in seconds. Default: --start, as the released program.",
 )
 @param_option("steps", "Denoising steps.")
 @param_option("schedule", "cosine, linear, sqrt, square, cubic or power:<p>.")
@@ -90,7 +100,7 @@ def app() -> None:
 @param_option("mask_temperature", "Noise on the confidence, annealed to 0.")
 @param_option("flow_steps", "Steps of the flow decoder.")
 @param_option("guidance", "Of the flow decoder; 1 is off and halves its work.")
-@param_option("seed", "Same inputs, options and seed: same bytes.")
+@param_option("seed", "Same inputs, options, bundle, backend and machine: same bytes.")
 @param_option("prefix_order", "Condition slots: ref,text (as released) or text,ref (as trained).")
 @click.option(
     "--variations",
@@ -101,12 +111,18 @@ def app() -> None:
 )
 @click.option("--start", type=float, default=0.0, metavar="S", help="Start of the segment in seconds.")
 @click.option("--end", type=float, metavar="E", help="End of the segment in seconds. Default: end of the file.")
-@click.option("--mix", is_flag=True, help="Add the vocal at unity gain; the output gets the vocal's length.")
+@click.option("--mix", is_flag=True, help="Add the vocal at unity gain, limited to -1 dBTP; as long as the vocal.")
 @click.option("--long", is_flag=True, help="Take a vocal beyond the bundle's limit: denoise overlapping spans of it.")
 @click.option("--save-codes", type=PathArg, metavar="NPZ", help="Keep codes and latents, for --keep.")
 @click.option("--keep", type=PathArg, metavar="NPZ", help="Start from a saved run of this VOCAL, and its options.")
 @click.option("--redo", metavar="S:E", help="With --keep: draw these seconds anew, such as 30:45, and keep the rest.")
 @backend_options
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Of each stage on the CPU. Default: all it may use.",
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 @debug_option
@@ -116,6 +132,7 @@ def generate(
     bundle: Path | None,
     text: str,
     reference: Path | None,
+    reference_start: float | None,
     variations: int,
     start: float,
     end: float | None,
@@ -126,11 +143,13 @@ def generate(
     redo: str | None,
     backend: str,
     device: str,
+    threads: int | None,
     json_file: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
+    from lada_rt.audio import check_source
     from lada_rt.generate_command import GenerateCommand, Targets
     from lada_rt.pipeline import N_SEEDS, Pipeline
     from lada_rt.results import Song
@@ -143,13 +162,18 @@ def generate(
         targets = [targets[0].of_seed((params.seed + index) % N_SEEDS) for index in range(variations)]
     for each in targets:
         each.check(vocal, reference, keep)
+    check_source(vocal, "vocal")
+    if reference is not None:
+        check_source(reference, "reference")
+    elif reference_start is not None:
+        raise ParamError("--reference-start: expected --reference FILE with it, got none; give it, or leave this out")
 
-    pipeline = Pipeline.load(bundle, backend=backend, device=device)
+    pipeline = Pipeline.load(bundle, backend=backend, device=device, n_threads=threads)
     if bundle is None:
         note(f"no --bundle: using the embedded {pipeline.bundle.name}, a small model trained on synthetic songs alone")
     elif not pipeline.bundle.trained:
         note(f"bundle {pipeline.bundle.name} is UNTRAINED: its output is noise, not music")
-    song = Song(vocal, text if keep is None else None, reference, start, end, long)
+    song = Song(vocal, text if keep is None else None, reference, start, end, long, reference_start)
     command = GenerateCommand(pipeline, song, params, mix=mix, bars=not quiet and sys.stderr.isatty())
     if variations != 1:
         command.variations(targets)
@@ -176,7 +200,7 @@ def check_keep(keep: Path | None, redo: str | None) -> tuple[float, float] | Non
         for name in click.get_current_context().params
         if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
-    fixed = given & {"text", "reference", "start", "end", "long", "prefix-order"}
+    fixed = given & {"text", "reference", "reference-start", "start", "end", "long", "prefix-order"}
     drawing = given & {name.replace("_", "-") for name in DRAWING_OPTIONS}
     if keep is not None and fixed:
         raise ParamError(f"--{min(fixed)}: expected none with --keep, which brings its own; leave it out")
@@ -231,14 +255,14 @@ def redo_saved(
 )
 @click.option(
     "--precision",
-    help="fp32, bf16 or fp16 for denoiser and flow; ,STAGE=PRECISION sets single stages: bf16,vocoder=fp16. Default: "
-    "bf16 for engines on a GPU, else fp32.",
+    help="Of denoiser and flow: fp32, bf16 or fp16; of single stages after it, as in bf16,vocoder=fp16. Default: bf16 "
+    "for engines on a GPU, else fp32.",
 )
 @click.option("--device", default="auto", show_default=True, help="Where torch engines run: auto, cpu or cuda.")
 @click.option(
     "--compatibility",
     metavar="A,B",
-    help="For TensorRT engines that run on more, slower: later-versions, ampere-plus or both.",
+    help="Make TensorRT engines portable at the cost of speed: later-versions, ampere-plus or both.",
 )
 @click.option("--max-seconds", type=int, default=360, show_default=True, help="Longest song, 1 to 360.")
 @click.option(
@@ -275,9 +299,7 @@ def build_engine(
     try:
         from lada_rt_export.command import build
     except ImportError as error:
-        raise EngineError(
-            f'build-engine: {error.name} is missing; install it with: pip install "lada-rt[export,cpu]"'
-        ) from None
+        raise missing_for_export("build-engine", error) from None
     built = build(
         out,
         checkpoint=checkpoint,
@@ -318,7 +340,7 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
     for engine in engines:
         fit = "fits this machine" if engine["misfit"] is None else f"does not run here: it {engine['misfit']}"
         print(f"{engine['engine']}: error {engine['proof']['max_rel_error']:.1e}, {fit}")
-    print(f"{len(engines)} compiled engines; the graphs run on onnxruntime")
+    print(f"{len(engines)} compiled engines; stages without one run on onnxruntime")
     plans = bundle_plans(opened) if device == "cuda" else {}
     print_memory_plans(plans)
     if json_file is not None:
@@ -344,7 +366,7 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 @click.option("--clamp-bundle", type=PathArg, metavar="B", help="Bundle with CLaMP 3's encoders: adds the CLaMP score.")
 @click.option("--peaks", metavar="TFLOPS,GBPS", help="Of the device, for the floor. Default: measured on a CPU.")
 @click.option("--reference-bundle", type=PathArg, metavar="B", help="fp32 bundle of the same weights to check against.")
-@click.option("--baseline", is_flag=True, help="Run the plain torch program too, in turn; needs the export extra.")
+@click.option("--baseline", is_flag=True, help="Time eager torch on the same weights too; needs the export extra.")
 @click.option(
     "--checkpoint", type=PathArg, metavar="F", help="The bundle's checkpoint or trained weights, for --baseline."
 )
@@ -358,13 +380,11 @@ def inspect(bundle: Path | None, device: str | None, json_file: Path | None) -> 
 def bench(compare: tuple[Path, Path] | None, max_regression: str, **options: Any) -> None:
     """Measure RTF, TTFA and memory across step counts and lengths; every configuration is checked first."""
     from lada_rt.bench.command import compare_files, run_command
-    from lada_rt.terminal import check_report_path
 
     if compare is not None:
         if not compare_files(*compare, max_regression):
             raise click.exceptions.Exit(1)
         return
-    check_report_path(options["json_file"])
     run_command(**options, log=note)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lada_rt import _C
+from lada_rt.cpus import cpu_count
 from lada_rt.engines.base import Engine, loop_of
 from lada_rt.errors import EngineError, ParamError
 from lada_rt.params import GenerationParams
@@ -101,6 +102,7 @@ def denoise(
     counts = mask_counts(len(rows), n_steps, params.schedule)
     taus = selection_temperatures(n_steps, params.mask_temperature)
     noise = recorded or RecordedNoise()
+    n_threads = cpu_count()
 
     on_step(0, n_steps)
     for step in range(n_steps):
@@ -125,6 +127,7 @@ def denoise(
                 top_p=params.top_p,
                 temperature=params.temperature,
                 exp_noise=None if noise.draw is None else noise.draw[step][rows],
+                n_threads=n_threads,
             )  # [R], [R]
         except ParamError as error:
             raise EngineError(f"denoiser, step {step + 1}: {error}") from None

@@ -9,7 +9,8 @@ import subprocess
 from typing import Any
 
 import lada_rt
-from lada_rt.engines.onnxruntime import cpu_count, load_onnxruntime
+from lada_rt.cpus import cpu_count
+from lada_rt.engines.onnxruntime import load_onnxruntime
 from lada_rt.errors import EngineError, LadaError
 
 __all__ = ["examine"]
@@ -44,6 +45,14 @@ def examine() -> dict[str, Any]:
     except EngineError:
         ready = False
         checks.append(_row("onnxruntime", "missing", 'pip install "lada-rt[cpu]"'))
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        checks.append(
+            _row(
+                "onnxruntime twice",
+                "onnxruntime and onnxruntime-gpu share a folder: which of them is there is chance",
+                'pip uninstall onnxruntime onnxruntime-gpu, then pip install "lada-rt[gpu]"',
+            )
+        )
     for name, remedy in OPTIONAL.items():
         version = _version(name)
         checks.append(_row(name, version or "not installed (optional)", "" if version else remedy))

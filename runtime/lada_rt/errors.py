@@ -26,13 +26,13 @@ class LadaError(Exception):
 
 
 class ParamError(LadaError, ValueError):
-    """An option or argument is out of range, of the wrong type or of the wrong shape."""
+    """An option or argument is out of range, of the wrong type or shape, or an output cannot be written."""
 
     exit_code = 2
 
 
 class AudioError(LadaError):
-    """The audio input or output cannot be used."""
+    """An audio input cannot be used."""
 
     exit_code = 3
 
@@ -56,7 +56,7 @@ class ExportError(LadaError):
 
 
 class EngineError(LadaError):
-    """A backend or device is missing, or an engine does not fit this machine."""
+    """A backend or device is missing, an engine does not fit this machine, or a run failed or ran out of memory."""
 
     exit_code = 5
 
@@ -65,3 +65,12 @@ class GenerationCancelled(LadaError):
     """The progress callback returned False, or the caller closed the stream."""
 
     exit_code = 130
+
+
+def missing_for_export(what: str, error: ImportError) -> EngineError:
+    """What to say where a package of the export extra is not installed."""
+    import importlib.util
+
+    # `cpu` beside the GPU build of ONNX Runtime would take its place: both live in one folder
+    extras = "export" if importlib.util.find_spec("onnxruntime") is not None else "export,cpu"
+    return EngineError(f'{what}: {error.name} is missing; install it with: pip install "lada-rt[{extras}]"')

@@ -99,6 +99,7 @@ class GenerateCommand:
                     start_s=self.song.start_s,
                     end_s=self.song.end_s,
                     long=self.song.long,
+                    reference_start_s=self.song.reference_start_s,
                     on_progress=watch,
                     keep_latents=targets.codes_file is not None,
                 ) as stream,

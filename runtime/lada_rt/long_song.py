@@ -62,12 +62,7 @@ def denoise_spans(
         [T] int64 codes, none of them masked.
     """
     codes = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known.copy()
-    # A span all of whose codes are known has nothing to draw.
-    todo, drawn_to = [], 0
-    for start, stop in spans(len(codes), max_codes):
-        if (codes[max(start, drawn_to) : stop] == mask_id).any():
-            todo.append((start, stop))
-            drawn_to = stop
+    todo = _spans_to_draw(codes == mask_id, max_codes)
     for index, span in enumerate(todo):
         codes = denoise(
             engine,
@@ -81,6 +76,24 @@ def denoise_spans(
             on_step=_steps_of_span(on_step, index, len(todo)),
         )
     return codes
+
+
+def _spans_to_draw(masked: np.ndarray, max_codes: int) -> list[tuple[int, int]]:
+    """Where the denoiser is to look. What fits into one span is drawn in one, in the middle of all that it can see: a
+    region of a finished song is to lead from what is before it to what comes after."""
+    where = np.flatnonzero(masked)
+    if len(where) == 0:
+        return []
+    first, stop = int(where[0]), int(where[-1]) + 1
+    if stop - first <= max_codes:
+        start = max(0, min((first + stop - max_codes) // 2, len(masked) - max_codes))
+        return [(start, min(start + max_codes, len(masked)))]
+    todo, drawn_to = [], 0
+    for start, end in spans(len(masked), max_codes):
+        if masked[max(start, drawn_to) : end].any():  # else all its codes are known
+            todo.append((start, end))
+            drawn_to = end
+    return todo
 
 
 def _steps_of_span(on_step: Callable[[int, int], None], index: int, n_spans: int) -> Callable[[int, int], None]:

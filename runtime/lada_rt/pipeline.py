@@ -82,7 +82,8 @@ class Pipeline:
             bundle: its folder; None is the embedded demo bundle.
             backend: `onnxruntime`, `tensorrt`, `torch`, or `auto` for the best that fits.
             device: `cpu`, `cuda`, or `auto`.
-            n_threads: CPU threads of one engine call; None is all CPUs this process may use.
+            n_threads: threads of each ONNX Runtime session; None is every CPU that affinity and the container's quota
+                leave. A song may keep two sessions busy at once. Engines of other backends do not heed it.
             max_concurrent: calls that may run at once; more wait.
             verify: check every byte of the bundle against its manifest first.
             warmup_s: call `warmup` for songs of this length; None leaves it to the first song.
@@ -137,6 +138,7 @@ class Pipeline:
         start_s: float = 0.0,
         end_s: float | None = None,
         long: bool = False,
+        reference_start_s: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> Result:
         """Make the accompaniment of a vocal.
@@ -145,10 +147,12 @@ class Pipeline:
             vocal: path, or (samples [N] or [C, N] float, sample rate).
             text: description of the music. An empty text is encoded, as by the released command line; None leaves the
                 slot zero, as in training without text.
-            reference: audio whose style to follow, read from `start_s` to its end; None leaves the slot zero.
+            reference: audio whose style to follow; None leaves the slot zero.
             params: options; None is the released defaults.
             start_s, end_s: segment of the vocal in seconds.
             long: accept a vocal beyond the bundle's `max_seconds` and denoise it in overlapping spans.
+            reference_start_s: where the reference is read from, to its end; None is `start_s`, as in the released
+                program.
             on_progress: told of every step; returning False cancels.
 
         Raises:
@@ -156,7 +160,7 @@ class Pipeline:
             EngineError: the backend failed, or the process was forked after `load`.
             GenerationCancelled: `on_progress` returned False.
         """
-        song = Song(vocal, text, reference, start_s, end_s, long)
+        song = Song(vocal, text, reference, start_s, end_s, long, reference_start_s)
         with self._stream(song, params, on_progress, keep_latents=True) as stream:
             return stream.result(join(stream))
 
@@ -170,6 +174,7 @@ class Pipeline:
         start_s: float = 0.0,
         end_s: float | None = None,
         long: bool = False,
+        reference_start_s: float | None = None,
         on_progress: OnProgress | None = None,
         keep_latents: bool = False,
     ) -> Stream:
@@ -181,7 +186,7 @@ class Pipeline:
         Args:
             keep_latents: hold the latents (2 MB for each 31 s), so that `Stream.result` can be regenerated or saved.
         """
-        song = Song(vocal, text, reference, start_s, end_s, long)
+        song = Song(vocal, text, reference, start_s, end_s, long, reference_start_s)
         return self._stream(song, params, on_progress, keep_latents=keep_latents)
 
     def generate_batch(
@@ -267,6 +272,11 @@ class Pipeline:
         if not isinstance(result, Result):
             raise ParamError(f"result: expected a Result, got {type(result).__name__}")
         params = self._checked_params(params if params is not None else result.params)
+        if params.prefix_order != result.params.prefix_order:
+            raise ParamError(
+                f"params: expected prefix_order {result.params.prefix_order!r}, the result's own, got "
+                f"{params.prefix_order!r}; the condition is drawn with as it is"
+            )
         params = replace(params, seed=(result.params.seed + 1) % N_SEEDS if seed is None else seed)
         return redo(self._loaded, result, start_s, end_s, params, _checked_callback(on_progress))
 

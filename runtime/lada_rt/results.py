@@ -22,9 +22,10 @@ class Song:
         vocal: path, or (samples [N] or [C, N] float, sample rate).
         text: description of the music. An empty text is encoded, as by the released command line; None leaves the slot
             zero, as in training without text.
-        reference: audio whose style to follow, read from `start_s` to its end; None leaves the slot zero.
+        reference: audio whose style to follow; None leaves the slot zero.
         start_s, end_s: segment of the vocal in seconds; end None is its end.
         long: accept a vocal beyond the bundle's `max_seconds` and denoise it in overlapping spans.
+        reference_start_s: where the reference is read from, to its end; None is `start_s`, as in the released program.
     """
 
     vocal: AudioInput
@@ -33,6 +34,7 @@ class Song:
     start_s: float = 0.0
     end_s: float | None = None
     long: bool = False
+    reference_start_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from lada_rt.audio import LoadedAudio, load_audio
 from lada_rt.bundle import Bundle
-from lada_rt.condition import assemble_prefix, encode_reference, encode_text
+from lada_rt.condition import assemble_prefix, encode_reference, encode_text, tokenize
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.denoise import FirstStep
 from lada_rt.encode import encode
@@ -186,34 +186,44 @@ class Run:
                 max_seconds=float("inf") if song.long else bundle.max_seconds,
             )
             self.total_samples = bundle.geometry.n_samples(bundle.geometry.n_codes(self.vocal.samples.shape[1]))
+        with report.timed("condition"):  # read first: what is wrong with them shows before the vocal is encoded
+            reference = self._reference()
+            if song.text is not None:
+                tokenize(self._loaded.tokenizer, song.text)
+        with report.timed("encode"):
             codes = encode(self._engines["encoder"], self.vocal.samples, bundle.geometry, report.steps_of("encode"))
         with report.timed("condition"):
-            prefix, warnings = self._prefix()
+            prefix = self._prefix(reference)
+        warnings = self.vocal.warnings + (() if reference is None else reference.warnings)
         first_step = FirstStep() if self._share_first_step else None
-        return Prepared(self.vocal, codes, prefix, self.vocal.warnings + warnings, first_step)
+        return Prepared(self.vocal, codes, prefix, warnings, first_step)
 
-    def _prefix(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """The condition slots, [P, prefix_dim] float32 (spec/lada_band c), and what had to be mended."""
+    def _reference(self) -> LoadedAudio | None:
+        song = self._song
+        if song.reference is None:
+            return None
+        start_s = song.start_s if song.reference_start_s is None else song.reference_start_s
+        rate_hz = self._loaded.bundle.geometry.sample_rate_hz
+        return load_audio(song.reference, rate_hz, start_s=start_s, what="reference", mono=True)
+
+    def _prefix(self, audio: LoadedAudio | None) -> np.ndarray:
+        """The condition slots, [P, prefix_dim] float32 (spec/lada_band c)."""
         bundle, song, report = self._loaded.bundle, self._song, self._report
-        warnings: tuple[str, ...] = ()
         report.step("condition", 0, 2)
         text = reference = None
         if song.text is not None:
             text = encode_text(self._engines["text_encoder"], self._loaded.tokenizer, song.text)
         report.step("condition", 1, 2)
-        if song.reference is not None:
-            audio = load_audio(song.reference, bundle.geometry.sample_rate_hz, start_s=song.start_s, what="reference")
-            warnings = audio.warnings
-            mono = audio.samples.mean(axis=0, dtype=np.float32)
+        if audio is not None:
             reference = encode_reference(
                 self._engines["ref_encoder"],
-                mono,
+                audio.samples[0],
                 chunk_samples=bundle.ref_chunk_samples,
                 hidden_size=bundle.ref_hidden_size(),
             )
         report.step("condition", 2, 2)
         order = self._params.prefix_order
-        return assemble_prefix(text, reference, order=order, feature_size=bundle.prefix_dim)[0], warnings
+        return assemble_prefix(text, reference, order=order, feature_size=bundle.prefix_dim)[0]
 
     def result(self, audio: np.ndarray) -> Result:
         """What the finished run made; `audio` is its chunks joined."""

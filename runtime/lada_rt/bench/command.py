@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
 from lada_rt.bench.report import check_plot, draw, print_report
 from lada_rt.bench.roofline import Peaks
 from lada_rt.bundle import Bundle
-from lada_rt.errors import EngineError, ParamError
+from lada_rt.errors import ParamError, missing_for_export
 from lada_rt.terminal import write_json
 
 __all__ = ["compare_files", "numbers", "run_command"]
@@ -78,8 +79,13 @@ def run_command(
         quality,
         LearnedMetrics(fad_model, fad_rate, fad_reference, clamp_bundle),
     )
+    inputs = (fad_model, fad_reference, checkpoint)
+    if json_file is not None:
+        check_target(json_file, "--json", *inputs)
     if plot is not None:
-        check_target(plot, "--plot")
+        check_target(plot, "--plot", *inputs)
+        if json_file is not None and os.path.realpath(plot) == os.path.realpath(json_file):
+            raise ParamError(f"--plot: {plot} is also --json; choose another name")
         check_plot()
     rates = None
     if peaks is not None:
@@ -109,9 +115,7 @@ def _baseline(checkpoint: Path | None, pretrained_root: Path | None) -> Callable
     try:
         from lada_rt_export.baseline import Baseline
     except ImportError as error:
-        raise EngineError(
-            f'--baseline: {error.name} is missing; install it with: pip install "lada-rt[export,cpu]"'
-        ) from None
+        raise missing_for_export("--baseline", error) from None
     return lambda bundle: Baseline.for_bundle(bundle, checkpoint, pretrained_root)
 
 

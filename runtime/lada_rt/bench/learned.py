@@ -155,11 +155,13 @@ class FrechetDistance:
         except Exception as error:  # numpy raises what the archive's bytes make of it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise ParamError(f"--fad-reference: {path}: expected `mean` and `covariance`, {reason}") from None
-        if mean.ndim != 1 or covariance.shape != (*mean.shape, *mean.shape) or not np.isfinite(covariance).all():
+        if mean.ndim != 1 or covariance.shape != (*mean.shape, *mean.shape):
             raise ParamError(
                 f"--fad-reference: {path}: expected mean [D] and covariance [D, D], got {list(mean.shape)} and "
                 f"{list(covariance.shape)}"
             )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):  # NaN would come out as the distance 0
+            raise ParamError(f"--fad-reference: {path}: expected finite numbers, got NaN or infinity; make it anew")
         return _Gaussian(mean, covariance)
 
 

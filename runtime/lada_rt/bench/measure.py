@@ -6,6 +6,7 @@ the last sample of the waveform. Loading the bundle, the first run and writing f
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from lada_rt.condition import load_tokenizer, tokenize
 from lada_rt.engines import load_engines
 from lada_rt.engines.base import Engine
 from lada_rt.errors import EngineError, ParamError
+from lada_rt.memory import return_freed
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline, Result, Timings
 
@@ -175,6 +177,7 @@ def run_bench(
     started = time.perf_counter()
     measures = options.learned.open(options.text)
     bundle = Bundle.open(bundle_path if bundle_path is not None else demo_bundle_path())
+    _check_lengths(options.seconds, bundle)
     bundle.verify()
     reference = OnnxReference(bundle if reference_path is None else Bundle.open(reference_path))
     load_start = time.perf_counter()
@@ -214,6 +217,17 @@ def run_bench(
         report["opponent"] = rival.name
         report["ratios"] = _overall_ratios(rows)
     return report
+
+
+def _check_lengths(seconds: Sequence[float], bundle: Bundle) -> None:
+    """Refuse lengths that the bundle cannot take, or that are the same in samples, before hours of measuring."""
+    rate_hz = bundle.geometry.sample_rate_hz
+    n_samples = [round(value * rate_hz) for value in seconds]
+    if min(n_samples) < 1 or max(n_samples) > bundle.max_seconds * rate_hz or len(set(n_samples)) < len(n_samples):
+        raise ParamError(
+            f"--seconds: expected different lengths from 1 sample to the bundle's {bundle.max_seconds:g} s, got "
+            f"{', '.join(f'{value:g}' for value in seconds)}"
+        )
 
 
 class _Bench:
@@ -284,6 +298,8 @@ class _Bench:
         # what was kept for the checks would count as the runtime's memory
         recorder.calls.clear()
         self._reference.release()
+        gc.collect()
+        return_freed()
         samples = _Samples()
         machine.reset_peak_rss()
         for _ in range(options.repeat):
@@ -292,6 +308,7 @@ class _Bench:
             samples.cpu_s.append(time.process_time() - cpu_start)
             samples.timings.append(timed.timings)
             _same(timed, repeated, self._device)
+            del timed  # or the next run's peak would hold two songs
             if self._opponent is not None:
                 samples.opponent.append(self._opponent.run(vocal, rate_hz, options.text, params))
         row = self._describe(vocal.shape[1], steps, samples)
@@ -343,6 +360,7 @@ class _Bench:
             n_steps=steps,
             flow_steps=self._options.flow_steps,
             n_tokens=self._n_tokens(),
+            value_bytes={name: 4 if stage.precision == "fp32" else 2 for name, stage in self._bundle.stages.items()},
         )
         floors = {name: floor_seconds(stage, peaks) for name, stage in work.items()}
         known = sum(row["stages"][name] for name in floors)

@@ -171,7 +171,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.grid(axis="y", lw=0.4, alpha=0.6)
         axis.set_axisbelow(True)
     axes[0, 0].set_ylim(0, 1.1 * top)
-    axes[0, 0].set_ylabel("RTF (compute seconds per audio second)")
+    axes[0, 0].set_ylabel("RTF (wall seconds per second of audio)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="center right", frameon=False)
     bundle, machine = report["bundle"], report["machine"]

@@ -104,10 +104,10 @@ class DenoiserSizes:
         params = self.n_layers * self.layer_params + self.hidden * self.vocab
         return Work(flops, value_bytes * (params + n_frames * self.hidden + rows * self.vocab))
 
-    def run(self, n_frames: int, n_steps: int) -> Work:
+    def run(self, n_frames: int, n_steps: int, value_bytes: int = FLOAT_BYTES) -> Work:
         """A whole run on the cosine schedule, masked rows only."""
         rows = [n_frames, *mask_counts(n_frames, n_steps)[:-1]]
-        return sum((self.step(n_frames, n) for n in rows), Work())
+        return sum((self.step(n_frames, n, value_bytes) for n in rows), Work())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,13 @@ class FlowSizes:
             "time": 2.0 * (self.time_features * d + 7 * d * d),
         }
 
-    def step(self, n_tokens: int, batch: int) -> Work:
+    def step(self, n_tokens: int, batch: int, value_bytes: int = FLOAT_BYTES) -> Work:
+        """One evaluation; its state goes in and out as float32 whatever the weights are."""
         d = self.dim
         params = self.n_layers * (4 * d * d + 2 * d * self.ffn) + 7 * d * d + self.time_features * d
         values = batch * n_tokens * (self.in_channels * self.patch_area + self.out_features)
-        return Work(batch * sum(self.row_parts(n_tokens).values()), FLOAT_BYTES * (params + values))
+        n_bytes = value_bytes * params + FLOAT_BYTES * values
+        return Work(batch * sum(self.row_parts(n_tokens).values()), n_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +153,8 @@ class MelDecoderSizes:
         width = self.widths[-1]
         return positions * (4 * 2.0 * width * width + 4.0 * positions * width)
 
-    def channel(self, n_latents: int, n_bins: int) -> Work:
-        """One audio channel of one window."""
+    def channel(self, n_latents: int, n_bins: int, value_bytes: int = FLOAT_BYTES) -> Work:
+        """One audio channel of one window; latents and mel are float32 whatever the weights are."""
         params = 0
         flops = 0.0
 
@@ -182,7 +184,8 @@ class MelDecoderSizes:
                 positions *= 4
                 conv(width, width, 9, positions)
         conv(width, 1, 9, positions)
-        return Work(flops, FLOAT_BYTES * (params + n_latents * n_bins * self.latent_channels + positions))
+        values = n_latents * n_bins * self.latent_channels + positions
+        return Work(flops, value_bytes * params + FLOAT_BYTES * values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +199,8 @@ class VocoderSizes:
     block_kernels: tuple[int, ...] = (3, 7, 11, 15)
     n_dilations: int = 3
 
-    def frames(self, n_frames: int) -> Work:
-        """One audio channel of `n_frames` mel frames in one pass."""
+    def frames(self, n_frames: int, value_bytes: int = FLOAT_BYTES) -> Work:
+        """One audio channel of `n_frames` mel frames in one pass; mel and samples are always float32."""
         width, n = self.initial, n_frames
         params = 7 * self.n_mels * width
         flops = 2.0 * params * n
@@ -211,7 +214,7 @@ class VocoderSizes:
             params += up + blocks
         params += 7 * width
         flops += 2.0 * 7 * width * n
-        return Work(flops, FLOAT_BYTES * (params + n_frames * self.n_mels + n))
+        return Work(flops, value_bytes * params + FLOAT_BYTES * (n_frames * self.n_mels + n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +341,7 @@ def song_work(
     flow_steps: int,
     guided: bool = True,
     n_tokens: int | None = None,
+    value_bytes: Mapping[str, int] | None = None,
 ) -> Mapping[str, Work]:
     """What one song needs at least, stage by stage.
 
@@ -352,7 +356,9 @@ def song_work(
         flow_steps: Euler steps.
         guided: two flow evaluations per step instead of one.
         n_tokens: of the text; None: there is none.
+        value_bytes: stage -> bytes of a weight, where it is not 4.
     """
+    size = dict.fromkeys(("denoiser", "flow", "mel_decoder", "vocoder"), FLOAT_BYTES) | dict(value_bytes or {})
     n_codes = geometry.n_codes(n_samples)
     n_windows = geometry.n_windows(n_codes)
     work: dict[str, Work] = {}
@@ -362,20 +368,26 @@ def song_work(
     if sizes.text_encoder is not None and n_tokens is not None:
         work["text_encoder"] = sizes.text_encoder.tokens(n_tokens)
     if sizes.denoiser is not None:
-        work["denoiser"] = sizes.denoiser.run(n_codes, n_steps)
+        work["denoiser"] = sizes.denoiser.run(n_codes, n_steps, size["denoiser"])
     if sizes.flow is not None:
         n_patches = geometry.window_latents * geometry.latent_bins // sizes.flow.patch_area
-        work["flow"] = sizes.flow.step(n_patches, 2 if guided else 1) * (flow_steps * n_windows)
+        step = sizes.flow.step(n_patches, 2 if guided else 1, size["flow"])
+        work["flow"] = step * (flow_steps * n_windows)
     if sizes.mel_decoder is not None:
-        work["mel_decoder"] = sizes.mel_decoder.channel(geometry.window_latents, geometry.latent_bins) * (2 * n_windows)
+        channel = sizes.mel_decoder.channel(geometry.window_latents, geometry.latent_bins, size["mel_decoder"])
+        work["mel_decoder"] = channel * (2 * n_windows)
     if sizes.vocoder is not None:
-        work["vocoder"] = _vocoder_work(sizes.vocoder, geometry, geometry.n_samples(n_codes), n_windows)
+        work["vocoder"] = _vocoder_work(
+            sizes.vocoder, geometry, geometry.n_samples(n_codes), n_windows, size["vocoder"]
+        )
     return work
 
 
-def _vocoder_work(sizes: VocoderSizes, geometry: CodecGeometry, n_samples: int, n_windows: int) -> Work:
+def _vocoder_work(
+    sizes: VocoderSizes, geometry: CodecGeometry, n_samples: int, n_windows: int, value_bytes: int
+) -> Work:
     lengths: Sequence[int] = [
         min(geometry.window_samples, n_samples - index * geometry.hop_samples) for index in range(n_windows)
     ]
     frames = [math.ceil(length / geometry.samples_per_mel_frame) for length in lengths]
-    return sum((sizes.frames(n) * 2 for n in frames), Work())
+    return sum((sizes.frames(n, value_bytes) * 2 for n in frames), Work())

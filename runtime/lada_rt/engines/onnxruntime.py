@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lada_rt.cpus import cpu_count
 from lada_rt.errors import BundleError, EngineError
 
-__all__ = ["OnnxEngine", "cpu_count", "cuda_available", "load_onnxruntime"]
+__all__ = ["OnnxEngine", "cuda_available", "load_onnxruntime"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INPUT_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
@@ -36,11 +37,6 @@ def load_onnxruntime() -> ModuleType:
 def cuda_available() -> bool:
     """Whether this build of ONNX Runtime has the CUDA provider; whether a GPU is there shows when it is used."""
     return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
-
-
-def cpu_count() -> int:
-    """CPUs this process may run on, which in a container is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 class OnnxEngine:
@@ -125,7 +121,7 @@ class OnnxEngine:
             values = self._session.run(self._outputs, inputs, options)
         except Exception as error:
             raise EngineError(
-                f"backend onnxruntime: the run failed ({_one_line(error)}); report it with: lada-rt doctor"
+                f"backend onnxruntime: the run failed ({_one_line(error)}); report it with what lada-rt doctor says"
             ) from error
         return dict(zip(self._outputs, values, strict=True))
 

@@ -221,7 +221,9 @@ class TensorRTEngine:
         nothing = empty(1, dtype=self._torch.int64, device=self.device)
         for name, tensor in tensors.items():
             if not context.set_tensor_address(name, (tensor if tensor.numel() else nothing).data_ptr()):
-                raise EngineError(f"backend tensorrt: {name}: its address was refused; report it with: lada-rt doctor")
+                raise EngineError(
+                    f"backend tensorrt: {name}: its address was refused; report it with what lada-rt doctor says"
+                )
         if not context.execute_async_v3(stream):
             raise EngineError("backend tensorrt: the run failed; see the log, and check the GPU with: lada-rt doctor")
         return results

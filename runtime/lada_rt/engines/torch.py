@@ -110,7 +110,8 @@ class TorchEngine:
             raise
         except Exception as error:
             raise EngineError(
-                f"backend torch: {self.name}: the run failed ({one_line(error)}); report it with: lada-rt doctor"
+                f"backend torch: {self.name}: the run failed ({one_line(error)}); report it with what "
+                "lada-rt doctor says"
             ) from error
         outputs = result if isinstance(result, tuple | list) else (result,)
         return dict(zip(self._output_names, outputs, strict=True))

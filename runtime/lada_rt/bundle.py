@@ -1,6 +1,6 @@
 """A bundle on disk: manifest, hashes, stages.
 
-Layout (design, "The public surface"):
+Layout:
 
     manifest.json       format version, geometry, sizes, one entry per stage, sha256 and size of every other file
     graphs/*.onnx       one graph per stage, with external data beside it for large weights; where it pays, a second

@@ -329,6 +329,12 @@ def test_crops_grow_and_wrong_folders_are_refused(trained: Path, tmp_path: Path)
     torch.save(style, folder / "style.pt")
     with pytest.raises(ExportError, match="encoded by another codec or style"):
         runner.run_stage(TOY, loop.RunOptions(folder, SEED), "predictor")
+    shutil.rmtree(folder / "predictor")
+    assert runner.run_stage(TOY, loop.RunOptions(folder, SEED), "codes")
+    with pytest.raises(ExportError, match=r"predictor has learned from another style; remove predictor\.pt"):
+        runner.run_stage(TOY, loop.RunOptions(folder, SEED), "predictor")
+    with pytest.raises(ExportError, match=r"refine has learned from another style; remove refine\.pt"):
+        collect_weights(TOY, folder, SEED)
     folder = _copy(trained, tmp_path / "short", "codec")
     assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=1), "codec")
     with pytest.raises(ExportError, match="resume it first"):

@@ -27,6 +27,7 @@ from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
 from lada_rt_export.demo.training.flow import FlowModules
 from lada_rt_export.demo.training.grains import grain_vocoder
+from lada_rt_export.demo.training.lineage import check_lineage
 from lada_rt_export.demo.training.loop import load_weights, weights_sha256
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
 from lada_rt_export.demo.training.predictor import PredictorModules
@@ -85,7 +86,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         Its path.
 
     Raises:
-        ExportError: a stage is not finished.
+        ExportError: a stage is not finished, or has learned from other weights than those there now.
         CheckpointError: a checkpoint is damaged.
     """
     codec, mel, style = Codec(sizes), MelAutoencoder(sizes), StyleModules(sizes)
@@ -99,6 +100,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
     }
     for name, module in stages.items():
         load_weights(folder, name, module)
+        check_lineage(sizes, folder, name)
     head = predictor.net.to_logits.weight
     head.copy_((head * sizes.logits_gain).half())
     networks: dict[str, nn.Module] = {

@@ -34,6 +34,7 @@ from lada_rt_export.demo.training.codec import Codec, CodecTask
 from lada_rt_export.demo.training.codes import encode_codec_songs, encode_predictor_songs
 from lada_rt_export.demo.training.data import CodecSongs, render_codec_songs
 from lada_rt_export.demo.training.flow import FlowTask
+from lada_rt_export.demo.training.lineage import start_lineage
 from lada_rt_export.demo.training.loop import RunOptions, Task, load_weights, train
 from lada_rt_export.demo.training.mel_vae import MelVAETask
 from lada_rt_export.demo.training.predictor import PredictorSongs, PredictorTask
@@ -125,6 +126,7 @@ def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: 
     needed = {"flow": "latents", "predictor": "codes", "refine": "codes"}.get(stage)
     if needed is not None and not encoded[needed](lambda: True):
         raise ExportError(f"stage {stage} needs the {needed}, some are missing; run --stage {needed} first")
+    start_lineage(sizes, options.folder, stage)
     return train(_task(sizes, options, stage), options)
 
 

@@ -16,7 +16,6 @@ import soxr
 from lada_rt.audio import (
     AudioWriter,
     check_output_path,
-    check_target,
     load_audio,
     mix_vocal,
     to_pcm16,
@@ -24,6 +23,7 @@ from lada_rt.audio import (
     write_audio,
 )
 from lada_rt.errors import AudioError, ParamError
+from lada_rt.files import check_target
 from stubs import sung
 
 

@@ -34,7 +34,7 @@ from lada_rt_export.release_modules import ReleaseSource
 from lada_rt_export.stages import StageSpec, stage_spec
 from lada_rt_export.synthetic_release import SyntheticRelease, write_synthetic_release
 from lada_rt_export.torch_engine import TorchEngine
-from lada_rt_export.workspace import Workspace, check_disk, check_memory, locked
+from lada_rt_export.workspace import check_disk, check_memory, locked
 from stubs import sung
 
 MUCODEC, AUDIOLDM = "mucodec/mucodec.pt", "mucodec/audioldm_48k.pth"
@@ -288,18 +288,6 @@ def test_a_folder_that_is_no_bundle_is_left_alone(built: Built, tmp_path: Path) 
     with pytest.raises(ExportError, match="is not a bundle"):
         build(tmp_path / "precious", built.source())
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
-
-
-def test_source_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"one")
-    work = Workspace(tmp_path / "song.bundle")
-    first = work.sha256(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(workspace, "file_sha256", lambda path: pytest.fail("hashed again"))
-        assert work.sha256(path) == first == hashlib.sha256(b"one").hexdigest()
-    path.write_bytes(b"two!")
-    assert work.sha256(path) == hashlib.sha256(b"two!").hexdigest()
 
 
 # -- refusals

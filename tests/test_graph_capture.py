@@ -190,12 +190,11 @@ def test_a_package_convolves_in_float32_and_leaves_the_setting_as_it_was(setting
     def stage(x: torch.Tensor) -> torch.Tensor:
         seen.append(cudnn_flags())
         if len(seen) == 1:
-            engine.run_device(x=x)  # another thread's engine would come in as this one does
+            other.run_device(x=x)  # as from another thread
             seen.append(cudnn_flags())
         return x
 
-    engine = TorchEngine(stage, ["y"], torch.device("cpu"), exact=True)
-    engine._lock = contextlib.nullcontext()  # type: ignore[assignment]  # the second is another engine's
+    engine, other = (TorchEngine(stage, ["y"], torch.device("cpu"), exact=True) for _ in range(2))
     original = cudnn_flags()
     try:
         if setting == "older off":

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from lada_rt.condition import MAX_TOKENS, MIN_CHUNK_SAMPLES
 from lada_rt.errors import CheckpointError
 from lada_rt.geometry import CodecGeometry
 
 from lada_rt_export.models.mert import MertConfig
+from lada_rt_export.models.muq import MuQConfig
 from lada_rt_export.release_sizes import SIZES_FILE, ReleaseSizes
 
 __all__ = ["check_codec", "check_conditions"]
-
-#: what a vocal is resampled to before the encoder (spec/mucodec 2)
-_RATE_OF_ENCODER_HZ: Final = 24_000
 
 
 def check_codec(sizes: ReleaseSizes, geometry: CodecGeometry) -> None:
@@ -26,6 +24,7 @@ def check_codec(sizes: ReleaseSizes, geometry: CodecGeometry) -> None:
         CheckpointError: they disagree; the first disagreement is named.
     """
     flow, mel, vocoder, muq, vq = sizes.flow, sizes.mel_vae, sizes.vocoder, sizes.muq, sizes.vq
+    rates = MuQConfig()  # other sizes have the released ones
     finer = 2 ** (len(mel.multiples) - 1)
     _agree(
         {
@@ -38,8 +37,8 @@ def check_codec(sizes: ReleaseSizes, geometry: CodecGeometry) -> None:
                 geometry.latent_channels * geometry.latent_bins // geometry.codes_per_latent,
             ),
             "vq.dim, which is muq.dim,": (vq.dim, muq.dim),
-            "muq.sample_rate": (muq.sample_rate, _RATE_OF_ENCODER_HZ),
-            "muq.hop_samples": (muq.hop_samples, _RATE_OF_ENCODER_HZ // geometry.code_rate_hz // 4),
+            "muq.sample_rate": (muq.sample_rate, rates.sample_rate),
+            "muq.hop_samples": (muq.hop_samples, rates.hop_samples),
             "mel_vae.embed_channels": (2 * mel.embed_channels, geometry.latent_channels),
             "mel_vae.out_channels": (mel.out_channels, 1),
             "frames of a latent by mel_vae.multiples": (finer, geometry.mel_frames_per_latent),

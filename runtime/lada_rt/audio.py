@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lada_rt.errors import AudioError, ParamError
+from lada_rt.files import check_source, check_target
 from lada_rt.params import check_seconds
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
     "AudioWriter",
     "LoadedAudio",
     "check_output_path",
-    "check_source",
-    "check_target",
     "load_audio",
     "mix_vocal",
     "to_pcm16",
@@ -197,13 +196,6 @@ def _segment_frames(
     return start, stop
 
 
-def check_source(path: str | os.PathLike[str], what: str) -> None:
-    """Raise `AudioError` unless there is a file."""
-    # not Path.is_file, which raises where a name is too long or a folder is closed to us
-    if not os.path.isfile(path):
-        raise AudioError(f"{what}: {path}: no such file; give a WAV, FLAC, OGG or MP3 file")
-
-
 def _open_file(
     files: contextlib.ExitStack,
     path: str | os.PathLike[str],
@@ -320,30 +312,6 @@ def check_output_path(path: Path, *inputs: AudioInput | None) -> None:
             f"output: expected a name ending in {', '.join(OUTPUT_FORMATS)}, or - for WAV on stdout, got {path}"
         )
     check_target(path, "output", *inputs)
-
-
-def check_target(path: Path, what: str, *inputs: AudioInput | None) -> None:
-    """Refuse a file of any kind that cannot be written before any work is done.
-
-    Args:
-        path: to write; a regular file there is replaced.
-        what: name used in messages.
-        inputs: which must not be replaced; None and arrays are none that could be.
-
-    Raises:
-        ParamError: no such folder, not writable, something other than a file is there, or the output is an input.
-    """
-    # os.path, as the methods of Path raise where a name is too long or a folder is closed to us
-    folder = path.parent
-    if not os.path.isdir(folder):
-        raise ParamError(f"{what}: {folder}: no such folder; make it first")
-    there = os.path.lexists(path)
-    regular = os.path.isfile(path) and os.access(path, os.W_OK)
-    if not os.access(folder, os.W_OK | os.X_OK) or (there and not regular):
-        raise ParamError(f"{what}: {path}: cannot be written; choose another place")
-    files = [source for source in inputs if isinstance(source, str | os.PathLike) and os.path.exists(source)]
-    if there and any(path.samefile(source) for source in files):
-        raise ParamError(f"{what}: {path} is an input; choose another name")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The command line: lada-rt generate | build-engine | bench | inspect | doctor.
 
-Results go to stdout, progress and messages to stderr. An error is one line. Exit codes: 0 done, 2 usage or option, 3
-audio input, 4 bundle or checkpoint, 5 backend or device, 130 interrupted, 143 terminated.
+Results go to stdout, progress and messages to stderr. An error is one line. `lada-rt --help` lists the exit codes.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def generate(
     **options: Any,
 ) -> None:
     """Make the accompaniment of the sung VOCAL: WAV, FLAC, OGG or MP3, any rate and channel count."""
-    from lada_rt.audio import check_source
+    from lada_rt.files import check_source
     from lada_rt.generate_command import GenerateCommand, Targets
     from lada_rt.pipeline import N_SEEDS, Pipeline
     from lada_rt.results import Song

@@ -25,6 +25,7 @@ __all__ = [
     "MIN_CHUNK_SAMPLES",
     "PREFIX_ORDERS",
     "assemble_prefix",
+    "checked_text",
     "encode_reference",
     "encode_text",
     "load_tokenizer",
@@ -84,6 +85,15 @@ def tokenize(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
     Raises:
         ParamError: not a string, or one with lone surrogates.
     """
+    return np.array(tokenizer.encode(checked_text(text)).ids, dtype=np.int64)
+
+
+def checked_text(text: str) -> str:
+    """What the tokenizer gets of a text; see `tokenize`.
+
+    Raises:
+        ParamError: not a string, or one with lone surrogates.
+    """
     if not isinstance(text, str):
         raise ParamError(f"expected text as a string, got {type(text).__name__}; pass a str")
     text = text[:MAX_TEXT_CHARS]
@@ -94,7 +104,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
             f"expected text that UTF-8 can encode, got a lone surrogate at character {error.start}; "
             "decode it with errors='replace'"
         ) from error
-    return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    return text
 
 
 def position_ids(ids: NDArray[np.int64]) -> NDArray[np.int64]:

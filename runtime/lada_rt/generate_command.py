@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from lada_rt.audio import check_output_path
 from lada_rt.delivery import Delivery
-from lada_rt.errors import GenerationCancelled, ParamError
+from lada_rt.errors import GenerationCancelled
+from lada_rt.files import check_different
 from lada_rt.notes import note
 from lada_rt.params import GenerationParams
 from lada_rt.pipeline import Pipeline
@@ -51,11 +51,7 @@ class Targets:
             check_output_path(self.out, vocal, reference, keep)
         check_report_path(self.json_file, "--json", vocal, reference, keep)
         check_report_path(self.codes_file, "--save-codes", vocal, reference)
-        named = {"output": self.out, "--json": self.json_file, "--save-codes": self.codes_file}
-        taken: dict[str, str] = {}
-        for name, path in named.items():
-            if path is not None and taken.setdefault(os.path.realpath(path), name) != name:
-                raise ParamError(f"{name}: {path} is also {taken[os.path.realpath(path)]}; choose another name")
+        check_different({"output": self.out, "--json": self.json_file, "--save-codes": self.codes_file})
 
 
 class GenerateCommand:

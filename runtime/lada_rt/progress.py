@@ -94,8 +94,8 @@ class Reporter:
             self._started = time.perf_counter()
             yield
         finally:
-            slots.release()
             return_freed()
+            slots.release()
 
     def mark_denoised(self) -> None:
         self._denoised_s = self.elapsed_s()

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from lada_rt.audio import LoadedAudio, load_audio
 from lada_rt.bundle import Bundle
-from lada_rt.condition import assemble_prefix, encode_reference, encode_text, tokenize
+from lada_rt.condition import assemble_prefix, checked_text, encode_reference, encode_text
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_windows
 from lada_rt.denoise import FirstStep
 from lada_rt.encode import encode
@@ -189,7 +189,7 @@ class Run:
         with report.timed("condition"):  # read first: what is wrong with them shows before the vocal is encoded
             reference = self._reference()
             if song.text is not None:
-                tokenize(self._loaded.tokenizer, song.text)
+                checked_text(song.text)
         with report.timed("encode"):
             codes = encode(self._engines["encoder"], self.vocal.samples, bundle.geometry, report.steps_of("encode"))
         with report.timed("condition"):

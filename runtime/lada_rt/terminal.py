@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 import lada_rt
-from lada_rt.audio import check_target, replaced_file
+from lada_rt.audio import replaced_file
 from lada_rt.bundle import Bundle, TensorEntry
 from lada_rt.delivery import Delivery
+from lada_rt.files import check_target
 from lada_rt.pipeline import Pipeline
 from lada_rt.progress import Progress
 from lada_rt.results import Result, Song

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lada_rt.audio import check_target
 from lada_rt.bench.compare import RowChange, compare_reports, differences, parse_percent, read_report
 from lada_rt.bench.learned import LearnedMetrics
 from lada_rt.bench.measure import BenchOptions, Opponent, run_bench
@@ -18,7 +16,8 @@ from lada_rt.bench.report import check_plot, draw, print_report
 from lada_rt.bench.roofline import Peaks
 from lada_rt.bundle import Bundle
 from lada_rt.errors import ParamError, missing_for_export
-from lada_rt.terminal import write_json
+from lada_rt.files import check_different
+from lada_rt.terminal import check_report_path, write_json
 
 __all__ = ["compare_files", "numbers", "run_command"]
 
@@ -80,12 +79,10 @@ def run_command(
         LearnedMetrics(fad_model, fad_rate, fad_reference, clamp_bundle),
     )
     inputs = (fad_model, fad_reference, checkpoint)
-    if json_file is not None:
-        check_target(json_file, "--json", *inputs)
+    check_report_path(json_file, "--json", *inputs)
+    check_report_path(plot, "--plot", *inputs)
+    check_different({"--json": json_file, "--plot": plot})
     if plot is not None:
-        check_target(plot, "--plot", *inputs)
-        if json_file is not None and os.path.realpath(plot) == os.path.realpath(json_file):
-            raise ParamError(f"--plot: {plot} is also --json; choose another name")
         check_plot()
     rates = None
     if peaks is not None:

@@ -61,7 +61,7 @@ def load_engines(
         device = _onnx_device(device)
         return {name: _onnx_engine(bundle, name, device, n_threads) for name in bundle.stages}, backend, device
     if device == "auto":
-        device = _default_device(backend)
+        device = "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
     if backend == "tensorrt" and device != "cuda":
         raise EngineError("backend tensorrt: expected an NVIDIA GPU and --device cuda, got cpu; see: lada-rt doctor")
     engines: dict[str, Engine] = {}
@@ -127,15 +127,6 @@ def _choose(bundle: Bundle, device: str) -> str:
             remedy(bundle.path, own[0].key, machine),
         )
     return "onnxruntime"
-
-
-def _default_device(backend: str) -> str:
-    """What "auto" means for a backend that was asked for by name: the GPU where there is one."""
-    if backend == "torch":
-        from lada_rt.engines.torch import import_torch
-
-        return "cuda" if import_torch().cuda.is_available() else "cpu"
-    return "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
 
 
 def _onnx_device(device: str) -> str:

@@ -231,7 +231,7 @@ def engine_report(bundle: Bundle) -> list[dict[str, Any]]:
             "misfit": misfit(
                 entry,
                 bundle,
-                this_machine(entry.key.backend, "cpu" if entry.key.arch.startswith("cpu") else "auto"),
+                this_machine(entry.key.backend, "cpu" if _is_cpu(entry.key.arch) else "auto"),
             ),
         }
         for entry in list_engines(bundle)
@@ -289,8 +289,9 @@ def rebuild_command(
     # the other stages follow the option only when named in it
     follows = key is not None and key.stage in ("denoiser", "flow")
     precision = f" --precision {key.precision}" if key is not None and follows else ""
-    device = " --device cpu" if (key is not None and _is_cpu(key.arch) if on_cpu is None else on_cpu) else ""
-    options = f"--backend {name}{precision}{device}"
+    if on_cpu is None:
+        on_cpu = key is not None and _is_cpu(key.arch)
+    options = f"--backend {name}{precision}{' --device cpu' if on_cpu else ''}"
     if bundle.resolve() == demo_bundle_path().resolve():
         return f"lada-rt build-engine --demo --out demo.bundle {options}, and use --bundle demo.bundle"
     return f"lada-rt build-engine --checkpoint CKPT --pretrained-root DIR --out {bundle} {options}"

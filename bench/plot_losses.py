@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("png", type=Path)
     parser.add_argument("json", type=Path)
     args = parser.parse_args()
-    order = ("codec", "mel_vae", "style", "flow", "predictor", "refine")
+    order = ("codec", "mel_vae", "style", "flow", "predictor", "refine", "lengthen")
     files = [args.folder / f"{name}.losses.json" for name in order]
     stages = [json.loads(file.read_text()) for file in files if file.is_file()]
     if not stages:

@@ -45,7 +45,7 @@ from safetensors.torch import load_file
 
 TOY = PRESETS["toy"]
 SEED = 5
-TRAINED = ("codec", "mel_vae", "style", "flow", "predictor", "refine")
+TRAINED = ("codec", "mel_vae", "style", "flow", "predictor", "refine", "lengthen")
 RATE_HZ = 48_000
 
 
@@ -81,7 +81,7 @@ def _copy(trained: Path, to: Path, without: str) -> Path:
 
 def test_collected_logits_are_sharper(weights: Path, trained: Path) -> None:
     modules = PredictorModules(TOY)
-    loop.load_weights(trained, "refine", modules)
+    loop.load_weights(trained, "lengthen", modules)
     collected = load_file(weights)["mask_predictor.to_logits.weight"]
     assert torch.equal(collected.float(), 2 * modules.net.to_logits.weight)
 
@@ -130,7 +130,7 @@ def test_songs_of_training_and_evaluation_never_meet() -> None:
     seeds = {
         song_seed(demo, seed, kind, i)
         for seed in (0, 1, 2**31)
-        for kind, n in (("codec", demo.n_codec_songs), ("predictor", demo.n_predictor_songs))
+        for kind, n in (("codec", demo.n_codec_songs), ("predictor", demo.n_predictor_songs + demo.n_long_songs))
         for i in (0, 1, n - 1)
     }
     assert len(seeds) == 18
@@ -165,12 +165,15 @@ def test_later_stages_learn_from_the_weights_that_are_shipped(trained: Path, wei
     torch.testing.assert_close(raw, style.read.weight, rtol=2**-11, atol=2**-25)
 
 
-def test_refining_starts_from_what_the_predictor_left(trained: Path, tmp_path: Path) -> None:
-    folder = _copy(trained, tmp_path / "start", "refine")
-    assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=0), "refine")
-    found = torch.load(folder / "refine.pt", weights_only=True)["modules"]
+@pytest.mark.parametrize(("stage", "before"), runner.GOES_ON_FROM.items())
+def test_later_training_starts_from_what_the_earlier_left(
+    trained: Path, tmp_path: Path, stage: str, before: str
+) -> None:
+    folder = _copy(trained, tmp_path / "start", stage)
+    assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=0), stage)
+    found = torch.load(folder / f"{stage}.pt", weights_only=True)["modules"]
     left = PredictorModules(TOY)
-    loop.load_weights(folder, "predictor", left)
+    loop.load_weights(folder, before, left)
     torch.testing.assert_close(found, dict(left.state_dict()), rtol=0, atol=0)
 
 
@@ -271,6 +274,17 @@ def test_spans_of_the_vocal_are_taken_away(trained: Path) -> None:
         assert any(set(codes[span].tolist()) <= silence for silence in silences)
 
 
+def test_long_songs_are_others_and_never_meet_those_of_one_length(trained: Path) -> None:
+    for long, of_index in ((False, {0: TOY.song_s, 1: TOY.song_s}), (True, {2: TOY.long_song_s})):
+        songs = PredictorSongs(TOY, trained / "predictor", SEED, "cpu", long=long)
+        songs.crops(np.random.default_rng(0), 40, 32)
+        lengths_s = {
+            index: len(song["accompaniment"]) / TOY.geometry.code_rate_hz for index, song in songs._songs.items()
+        }
+        # to a frame, as the last one may be of a part
+        assert lengths_s == pytest.approx(of_index, abs=0.05)
+
+
 def test_the_place_is_learned_behind_early_layers_too(trained: Path) -> None:
     sizes = dataclasses.replace(TOY, predictor=dataclasses.replace(TOY.predictor, n_layers=4))
     torch.manual_seed(0)
@@ -327,13 +341,13 @@ def test_crops_grow_and_wrong_folders_are_refused(trained: Path, tmp_path: Path)
     style = torch.load(folder / "style.pt", weights_only=True)
     style["modules"]["read.bias"] += 1
     torch.save(style, folder / "style.pt")
-    with pytest.raises(ExportError, match="encoded by another codec or style"):
+    with pytest.raises(ExportError, match="encoded by another style;"):
         runner.run_stage(TOY, loop.RunOptions(folder, SEED), "predictor")
     shutil.rmtree(folder / "predictor")
     assert runner.run_stage(TOY, loop.RunOptions(folder, SEED), "codes")
     with pytest.raises(ExportError, match=r"predictor has learned from another style; remove predictor\.pt"):
         runner.run_stage(TOY, loop.RunOptions(folder, SEED), "predictor")
-    with pytest.raises(ExportError, match=r"refine has learned from another style; remove refine\.pt"):
+    with pytest.raises(ExportError, match=r"lengthen has learned from another style; remove lengthen\.pt"):
         collect_weights(TOY, folder, SEED)
     folder = _copy(trained, tmp_path / "short", "codec")
     assert not runner.run_stage(TOY, loop.RunOptions(folder, SEED, stop_after=1), "codec")

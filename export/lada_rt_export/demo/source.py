@@ -96,7 +96,7 @@ def collect_weights(sizes: TrainingSizes, folder: Path, seed: int) -> Path:
         "mel_vae": mel,
         "style": style,
         "flow": flow,
-        "refine": predictor,
+        "lengthen": predictor,
     }
     for name, module in stages.items():
         load_weights(folder, name, module)

@@ -9,7 +9,6 @@ A predictor song becomes one small file; its sound is not kept:
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,13 @@ from lada_rt.errors import ExportError
 from tokenizers import Tokenizer
 from torch import nn
 
-from lada_rt_export.demo.songs.song import compose, render_accompaniment
+from lada_rt_export.demo.songs.song import render_accompaniment
 from lada_rt_export.demo.tokenizer import byte_tokenizer
 from lada_rt_export.demo.training.codec import Codec
-from lada_rt_export.demo.training.data import run_jobs, song_seed, vocal_takes
+from lada_rt_export.demo.training.data import predictor_score, run_jobs, vocal_takes
 from lada_rt_export.demo.training.features import encoder_mel
-from lada_rt_export.demo.training.loop import load_weights, weights_sha256
+from lada_rt_export.demo.training.lineage import changed_makers, note_makers
+from lada_rt_export.demo.training.loop import load_weights
 from lada_rt_export.demo.training.mel_vae import MelAutoencoder
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.demo.training.style import StyleModules
@@ -84,12 +84,11 @@ def _check_makers(folder: Path, makers: dict[str, nn.Module]) -> None:
     Raises:
         ExportError: `folder` holds such.
     """
-    present = {name: weights_sha256(module) for name, module in makers.items()}
     path = folder / "made_by.json"
     if not path.is_file():
-        _replace(path, lambda f: f.write(json.dumps(present).encode()))
-    elif json.loads(path.read_text()) != present:
-        raise ExportError(f"{folder} was encoded by another {' or '.join(makers)}; remove it and run its stage again")
+        note_makers(path, makers)
+    elif others := changed_makers(path, makers):
+        raise ExportError(f"{folder} was encoded by another {' and '.join(others)}; remove it and run its stage again")
 
 
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
@@ -117,12 +116,11 @@ def _encode_predictor_song(job: tuple[str, str, int, int]) -> None:
     preset, folder, seed, index = job
     sizes = PRESETS[preset]
     codec, (style, tokenizer) = _codec(preset, folder), _style(preset, folder)
-    number = song_seed(sizes, seed, "predictor", index)
-    score = compose(number, duration_s=sizes.song_s)
+    score = predictor_score(sizes, seed, index)
     accompaniment = render_accompaniment(score)
     engine = CodecEngine(codec)
     codes = [encode(engine, track, sizes.geometry) for track in vocal_takes(score, sizes.n_vocal_takes)]
-    rng = np.random.default_rng([number, 77])
+    rng = np.random.default_rng([score.seed, 77])
     mono = round_bf16(accompaniment.mean(axis=0))
     references = []
     for _ in range(2):
@@ -175,6 +173,6 @@ def encode_predictor_songs(
         "style": _style(sizes.name, str(folder))[0],
     }
     _check_makers(folder / "predictor", makers)
-    jobs = [(sizes.name, str(folder), seed, i) for i in range(sizes.n_predictor_songs)]
+    jobs = [(sizes.name, str(folder), seed, i) for i in range(sizes.n_predictor_songs + sizes.n_long_songs)]
     missing = [job for job in jobs if not (folder / "predictor" / f"{job[3]:05d}.npz").is_file()]
     return run_jobs(_encode_predictor_song, missing, n_workers, done)

@@ -30,7 +30,7 @@ from lada_rt_export.demo.training.grains import CYCLE_FRAMES, strengths
 from lada_rt_export.demo.training.sizes import PRESETS, TrainingSizes
 from lada_rt_export.models.muq import MuQ
 
-__all__ = ["CodecSongs", "render_codec_songs", "run_jobs", "song_seed", "vocal_takes"]
+__all__ = ["CodecSongs", "predictor_score", "render_codec_songs", "run_jobs", "song_seed", "vocal_takes"]
 
 _SCALE = 32_767
 Job = TypeVar("Job")
@@ -40,6 +40,12 @@ def song_seed(sizes: TrainingSizes, seed: int, kind: str, index: int) -> int:
     """Seed of a song: below `held_out`, another for each kind, training seed and index until they wrap."""
     first = {"codec": 0, "predictor": sizes.held_out // 2}[kind]
     return first + (seed * 7919 + index) % (sizes.held_out // 2)
+
+
+def predictor_score(sizes: TrainingSizes, seed: int, index: int) -> Score:
+    """The song of an index: the `n_predictor_songs` of one length come first, then the `n_long_songs`."""
+    duration_s = sizes.song_s if index < sizes.n_predictor_songs else sizes.long_song_s
+    return compose(song_seed(sizes, seed, "predictor", index), duration_s=duration_s)
 
 
 def vocal_takes(score: Score, n_takes: int) -> list[np.ndarray]:

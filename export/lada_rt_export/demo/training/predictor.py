@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lada_rt_export.demo.songs.song import MAX_TEMPO_BPM, MIN_TEMPO_BPM, Score, compose
-from lada_rt_export.demo.training.data import song_seed
+from lada_rt_export.demo.songs.song import MAX_TEMPO_BPM, MIN_TEMPO_BPM, Score
+from lada_rt_export.demo.training.data import predictor_score
 from lada_rt_export.demo.training.loop import Losses
 from lada_rt_export.demo.training.sizes import TrainingSizes
 from lada_rt_export.models.mask_predictor import MaskPredictor
@@ -80,10 +80,12 @@ def frame_labels(score: Score, n_frames: int, rate_hz: float) -> np.ndarray:
 
 
 class PredictorSongs:
-    """Random crops of the cached songs, kept in memory: 30 kB each."""
+    """Random crops of the cached songs, kept in memory: 30 kB each. Of the songs of one length, or of the long ones."""
 
-    def __init__(self, sizes: TrainingSizes, folder: Path, seed: int, device: str) -> None:
+    def __init__(self, sizes: TrainingSizes, folder: Path, seed: int, device: str, *, long: bool = False) -> None:
         self.sizes, self.folder, self.seed, self.device = sizes, folder, seed, device
+        n = sizes.n_predictor_songs
+        self._indices = range(n, n + sizes.n_long_songs) if long else range(n)
         self._songs: dict[int, dict[str, np.ndarray]] = {}
 
     def song(self, index: int) -> dict[str, np.ndarray]:
@@ -91,7 +93,7 @@ class PredictorSongs:
         if index not in self._songs:
             with np.load(self.folder / f"{index:05d}.npz") as file:
                 arrays = dict(file)
-            score = compose(song_seed(self.sizes, self.seed, "predictor", index), duration_s=self.sizes.song_s)
+            score = predictor_score(self.sizes, self.seed, index)
             labels = frame_labels(score, len(arrays["accompaniment"]), self.sizes.geometry.code_rate_hz)
             self._songs[index] = arrays | {"labels": labels}
         return self._songs[index]
@@ -105,7 +107,7 @@ class PredictorSongs:
         prefix = np.zeros((batch, 2, config.condition_size), np.float32)
         labels = np.full((batch, 4, n_frames), NO_LABEL, np.int64)
         for row in range(batch):
-            song = self.song(int(rng.integers(self.sizes.n_predictor_songs)))
+            song = self.song(self._indices[int(rng.integers(len(self._indices)))])
             take, reference, text = (int(rng.integers(len(song[k]))) for k in ("vocals", "references", "texts"))
             total = len(song["accompaniment"])
             start = int(rng.integers(max(0, total - n_frames) + 1))
@@ -197,7 +199,8 @@ class PredictorModules(nn.Module):
 
 class PredictorTask:
     """Trains `PredictorModules`, in stage `predictor` from nothing, in stage `refine` from what that left, on whole
-    songs: where a section comes back, the first time tells what the second is like."""
+    songs: where a section comes back, the first time tells what the second is like. Stage `lengthen` goes on from there
+    with songs of many lengths: what is further apart than any two frames of one length never met before it."""
 
     def __init__(self, sizes: TrainingSizes, songs: PredictorSongs, name: str = "predictor") -> None:
         self.name, self.songs, self.budget = name, songs, sizes.budgets[name]

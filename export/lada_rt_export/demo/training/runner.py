@@ -8,10 +8,11 @@ half of the sum if two stages run side by side: mel_vae beside codec or codes, f
     mel_vae    1800 steps           0.6 s, long crops 1.3 s                     0.3 h
     style      800 steps            0.8 s                                       0.2 h
     latents    320 songs            0.3 s                                       0.1 h
-    codes      1800 songs           2.8 s                                       1.4 h
+    codes      2300 songs           2.8 s, long ones 4.4 s                      2.0 h
     flow       6000 steps           0.38 s, whole windows 0.9 s                 0.7 h
     predictor  9000 steps           0.6 s, whole songs 0.7 s                    1.6 h
     refine     58000 steps          1.0 s                                      16.2 h
+    lengthen   5000 steps           1.9 s                                       2.6 h
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ __all__ = ["claim", "main", "run_stage", "train_all"]
 RUN_FILE = "run.json"
 #: exit code of a run that stopped for time: sysexits.h calls it a temporary failure, to be tried again
 MORE_TO_DO = 75
+#: stage -> the one whose weights it starts from
+GOES_ON_FROM = {"refine": "predictor", "lengthen": "refine"}
+#: stage -> the one that encodes what it learns from
+_ENCODED_BY = {"flow": "latents", "predictor": "codes", "refine": "codes", "lengthen": "codes"}
 
 
 def claim(sizes: TrainingSizes, options: RunOptions) -> None:
@@ -88,9 +93,10 @@ def _task(sizes: TrainingSizes, options: RunOptions, stage: str) -> Task:
         codec = Codec(sizes)
         _loaded(folder, "codec", codec, device)
         return FlowTask(sizes, songs, codec.vq)
-    task = PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", options.seed, device), stage)
-    if stage == "refine":
-        load_weights(folder, "predictor", task.modules)
+    long = stage == "lengthen"
+    task = PredictorTask(sizes, PredictorSongs(sizes, folder / "predictor", options.seed, device, long=long), stage)
+    if stage in GOES_ON_FROM:
+        load_weights(folder, GOES_ON_FROM[stage], task.modules)
         task.modules.train().requires_grad_(True)
     return task
 
@@ -123,7 +129,7 @@ def run_stage(sizes: TrainingSizes, options: RunOptions, stage: str, n_workers: 
     }
     if stage in encoded:
         return encoded[stage](late)
-    needed = {"flow": "latents", "predictor": "codes", "refine": "codes"}.get(stage)
+    needed = _ENCODED_BY.get(stage)
     if needed is not None and not encoded[needed](lambda: True):
         raise ExportError(f"stage {stage} needs the {needed}, some are missing; run --stage {needed} first")
     start_lineage(sizes, options.folder, stage)

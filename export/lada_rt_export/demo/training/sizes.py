@@ -25,7 +25,7 @@ from lada_rt_export.models.vq import VQConfig
 __all__ = ["PRESETS", "STAGE_ORDER", "Budget", "TrainingSizes"]
 
 #: the order of work; a stage needs the results of those before it
-STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "latents", "codes", "flow", "predictor", "refine")
+STAGE_ORDER = ("songs", "codec", "mel_vae", "style", "latents", "codes", "flow", "predictor", "refine", "lengthen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class TrainingSizes:
     Attributes:
         geometry: rates and windows; the flow serves its window.
         n_codec_songs: songs, one decoder window long, that encoder, mel VAE and flow learn from.
-        n_predictor_songs: songs that the mask predictor learns from.
-        song_s: length of the latter; None draws 40 to 60.
+        n_predictor_songs, song_s: songs that the mask predictor learns from, and their length.
+        n_long_songs, long_song_s: songs that stage `lengthen` learns from, and their length; None draws 40 to 60.
         n_vocal_takes: vocals of a song, the first clean, the others disturbed.
         active_latents: channels of a latent side that carry the sound; two more say where they are, the others are zero
             (spec/mucodec has 16).
@@ -95,7 +95,9 @@ class TrainingSizes:
     budgets: Mapping[str, Budget]
     n_codec_songs: int
     n_predictor_songs: int
-    song_s: float | None
+    song_s: float
+    n_long_songs: int
+    long_song_s: float | None
     n_vocal_takes: int
     active_latents: int
     max_seconds: int
@@ -108,7 +110,7 @@ class TrainingSizes:
             raise ParamError("training sizes: predictor and quantiser must have one vocabulary; correct the preset")
         if self.flow.latent_frames != self.geometry.window_latents:
             raise ParamError("training sizes: the flow must serve the decoder window; correct the preset")
-        if set(self.budgets) != {"codec", "mel_vae", "style", "flow", "predictor", "refine"}:
+        if set(self.budgets) != {"codec", "mel_vae", "style", "flow", "predictor", "refine", "lengthen"}:
             raise ParamError("training sizes: expected one budget for each trained stage; correct the preset")
 
 
@@ -142,10 +144,13 @@ def _toy() -> TrainingSizes:
             "flow": Budget(3, 2, ((0.5, 32), (1.0, 128)), average=0.9, long_batch_size=1),
             "predictor": Budget(3, 2, ((0.5, 32), (1.0, 96)), average=0.9),
             "refine": Budget(3, 2, ((1.0, 96),), average=0.9),
+            "lengthen": Budget(3, 2, ((1.0, 160),), average=0.9),
         },
         n_codec_songs=2,
         n_predictor_songs=2,
         song_s=6.0,
+        n_long_songs=1,
+        long_song_s=8.0,
         n_vocal_takes=2,
         active_latents=2,
         max_seconds=30,
@@ -179,11 +184,14 @@ def _demo() -> TrainingSizes:
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
             "predictor": Budget(9000, 8, ((0.8, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
             "refine": Budget(58000, 2, ((1.0, 1000),), 4e-3, average=0.999),
+            "lengthen": Budget(5000, 2, ((1.0, 1500),), 8e-4, average=0.999),
         },
         n_codec_songs=320,
         n_predictor_songs=1800,
         # one encoder window
         song_s=40.9,
+        n_long_songs=500,
+        long_song_s=None,
         n_vocal_takes=2,
         active_latents=8,
         max_seconds=360,

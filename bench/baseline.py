@@ -17,6 +17,7 @@ import numpy as np
 from lada_rt.bench import machine
 from lada_rt.bench.measure import BenchOptions, sung_vocal
 from lada_rt.bundle import Bundle, demo_bundle_path
+from lada_rt.files import check_target
 from lada_rt_export.baseline import Baseline
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    if args.json is not None:
+        check_target(args.json, "--json")
     bundle = Bundle.open(args.bundle)
     baseline = Baseline.for_bundle(bundle, args.checkpoint, args.pretrained_root)
     rate_hz = bundle.geometry.sample_rate_hz

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_models import make_stage
-from gpu_sections import State, denoiser_inputs, exact_float32, flow_inputs, relative_error
+from gpu_sections import State, denoiser_inputs, flow_inputs, relative_error
+from lada_rt.torch_loop.device import exact_float32
 from lada_rt_export.models.mask_predictor import Layer, MaskPredictor, rope_tables
 from lada_rt_export.models.stages_mucodec import FlowStage
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ class PublicSong:
 
     def denoiser_error(self) -> float:
         """Of the public denoiser against this project's stage, both in exact float32."""
-        with exact_float32():
+        with exact_float32:
             return relative_error(self._step_logits()[0], _call(self._denoiser, **self._frames))
 
     def whole_song(self) -> None:

@@ -265,7 +265,8 @@ def test_mono_is_the_mean_of_all_channels(tmp_path: Path, as_file: bool, rate_hz
     alone = load_audio((sung(rate_hz), rate_hz), 48_000)
     assert loaded.samples.shape == (1, 48_000)
     np.testing.assert_allclose(loaded.samples, alone.samples / 6, atol=1e-6)
-    assert loaded.warnings == ("reference: 1 samples were NaN or infinite and have been replaced by 0 or full scale",)
+    (warning,) = loaded.warnings
+    assert warning.startswith("reference: 1 samples were NaN, infinite or beyond any scale, replaced by 0")
 
 
 def with_length(path: Path, data: bytes, n_frames: int) -> Path:

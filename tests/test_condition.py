@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lada_rt.condition import (
     round_bf16,
     tokenize,
 )
-from lada_rt.errors import AudioError, BundleError, ParamError
+from lada_rt.errors import AudioError, BundleError, GenerationCancelled, ParamError
 from lada_rt_export.models import mert as mert_file
 from lada_rt_export.models.clamp3 import (
     AUDIO_DEAD_KEYS,
@@ -319,6 +320,33 @@ def test_non_finite_audio_is_refused(bad: float, bf16: bool) -> None:
     waveform[-1] = bad
     with pytest.raises(AudioError, match="finite"):
         encode_reference(SumEngine(), waveform, bf16=bf16)
+
+
+def test_a_long_reference_is_rounded_piece_by_piece_and_can_be_stopped() -> None:
+    class Keeper(SumEngine):
+        def run(self, **inputs: Floats) -> dict[str, Floats]:
+            heard.append(inputs["waveform"][0].copy())
+            return super().run(**inputs)
+
+    heard: list[Floats] = []
+    waveform = hash_noise(7, 500_300)
+    encode_reference(Keeper(), waveform, 50_000, hidden_size=1)
+    np.testing.assert_array_equal(np.concatenate(heard), round_bf16(waveform)[:500_000])
+
+    tracemalloc.start()
+    encode_reference(SumEngine(), waveform, 50_000, hidden_size=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < waveform.nbytes
+
+    def stop_after_two() -> None:
+        if len(heard) == 2:
+            raise GenerationCancelled
+
+    heard.clear()
+    with pytest.raises(GenerationCancelled):
+        encode_reference(Keeper(), waveform, 50_000, hidden_size=1, check=stop_after_two)
+    assert len(heard) == 2
 
 
 def test_stereo_is_refused() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lada_rt import EngineError, engines
+from lada_rt import BundleError, EngineError, engines
 from lada_rt.bundle import Bundle, demo_bundle_path
 from lada_rt.engines import cache, load_engines
 from lada_rt.engines.cache import EngineEntry, EngineKey, rebuild_command, write_engine
@@ -25,7 +25,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def machine(monkeypatch: pytest.MonkeyPatch, *, slot: str | None, torch_sees: str, version: str | None) -> None:
     """A machine whose first slot, by the driver's tool, holds one architecture, and whose first GPU, by torch, is of
     another."""
-    monkeypatch.setattr(cache, "_gpu_arch", lambda: slot)
+    monkeypatch.setattr(cache, "_driver_arch", lambda: slot)
     monkeypatch.setattr(cache, "_version", lambda backend: version)
     monkeypatch.setattr("lada_rt.engines.torch.device_key", lambda device: torch_sees if device == "cuda" else "cpu-x")
 
@@ -63,15 +63,38 @@ def test_torch_tells_which_gpu_it_runs_on(bundle: Bundle, monkeypatch: pytest.Mo
     foreign = file_engine(bundle, "torch", "sm_86")
     with pytest.raises(EngineError, match="was built for sm_86, this device is sm_89; rebuild it with"):
         load_engines(bundle, backend="torch", device="cuda")
-    if slot is not None:
-        assert load_engines(bundle)[1] == "onnxruntime"  # not the foreign one
+    assert load_engines(bundle)[1] == "onnxruntime"  # not the foreign one
     shutil.rmtree(foreign.folder)
     fits = file_engine(bundle, "torch", "sm_89")
-    # without the driver's tool "auto" finds no GPU
-    for backend in ("torch", "auto") if slot is not None else ("torch",):
+    for backend, device in (("torch", "cuda"), ("torch", "auto"), ("auto", "auto")):
         with pytest.raises(Recorder.Loaded):
-            load_engines(bundle, backend=backend, device="cuda")
+            load_engines(bundle, backend=backend, device=device)
         assert loader.entries.pop() == fits
+
+
+@pytest.mark.parametrize("error", [EngineError("CUDAExecutionProvider did not start"), BundleError("no bf16 MatMul")])
+def test_auto_takes_the_cpu_where_cuda_is_listed_but_does_not_start(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """The GPU build of ONNX Runtime lists CUDA on every machine."""
+    monkeypatch.setattr("lada_rt.engines.onnxruntime.cuda_available", lambda: True)
+    tried = []
+    load = engines._onnx_engine
+
+    def onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None) -> engines.Engine:
+        tried.append(device)
+        if device == "cuda":
+            raise error
+        return load(bundle, stage, device, n_threads)
+
+    monkeypatch.setattr(engines, "_onnx_engine", onnx_engine)
+    found, backend, device = load_engines(bundle)
+    assert (backend, device) == ("onnxruntime", "cpu")
+    assert found.keys() == bundle.stages.keys()
+    assert tried == ["cuda"] + ["cpu"] * len(found)
+    assert f"{error}; the CPU is used" in caplog.text
+    with pytest.raises(type(error)):
+        load_engines(bundle, device="cuda")
 
 
 def test_auto_goes_on_without_a_torch_that_sees_no_gpu(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from lada_rt import EngineError
-from lada_rt.engines.torch import TorchEngine
-from lada_rt.torch_loop.device import GraphPool, Replay, Turn
+from lada_rt.engines.torch import TorchEngine, indexed
+from lada_rt.torch_loop.device import GraphPool, Replay, Turn, on_device
 
 CUDA = torch.device("cuda")
 
@@ -182,6 +182,50 @@ def cudnn_flags() -> tuple[Any, ...]:
     return older, flags.conv.fp32_precision, flags.rnn.fp32_precision
 
 
+def product_flags() -> tuple[Any, ...]:
+    flags: Any = torch.backends.cuda.matmul
+    try:
+        older: Any = torch.get_float32_matmul_precision(), flags.allow_tf32
+    except RuntimeError:
+        older = "refused"
+    return older, flags.fp32_precision
+
+
+@pytest.mark.parametrize("setting", ["default", "high", "older allow_tf32", "newer tf32", "tf32 everywhere"])
+def test_a_package_multiplies_in_float32_and_leaves_the_setting_as_it_was(setting: str) -> None:
+    """Applications say "high" for their own networks; engines were proven without."""
+    flags: Any = torch.backends
+    seen: list[tuple[Any, ...]] = []
+
+    def stage(x: torch.Tensor) -> torch.Tensor:
+        seen.append(product_flags())
+        return x
+
+    engine = TorchEngine(stage, ["y"], torch.device("cpu"), exact=True)
+    assert product_flags() == (("highest", False), "none")
+    try:
+        if setting == "high":
+            torch.set_float32_matmul_precision("high")
+        elif setting == "older allow_tf32":
+            flags.cuda.matmul.allow_tf32 = True
+        elif setting == "newer tf32":
+            flags.cuda.matmul.fp32_precision = "tf32"
+        elif setting == "tf32 everywhere":
+            flags.fp32_precision = "tf32"
+        before = product_flags()
+        engine.run_device(x=torch.zeros(1))
+        assert product_flags() == before
+        ((older, newer),) = seen
+        assert newer == "ieee"
+        if before[0] != "refused":  # the two names agree, or torch refuses to compute
+            assert older == ("highest", False)
+    finally:
+        flags.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        flags.cuda.matmul.fp32_precision = flags.mkldnn.matmul.fp32_precision = "none"
+    assert product_flags() == (("highest", False), "none")
+
+
 @pytest.mark.parametrize("setting", ["default", "older off", "newer tf32", "newer conv tf32", "newer conv ieee"])
 def test_a_package_convolves_in_float32_and_leaves_the_setting_as_it_was(setting: str) -> None:
     flags: Any = torch.backends.cudnn
@@ -218,3 +262,34 @@ def test_a_package_convolves_in_float32_and_leaves_the_setting_as_it_was(setting
         flags.allow_tf32 = original[0]
         flags.conv.fp32_precision, flags.rnn.fp32_precision = original[1:]
     assert cudnn_flags() == original
+
+
+# -- one GPU of several
+
+
+def test_the_engines_gpu_is_the_current_one_while_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thread that chose none it is the first one, and packages and kernels launch there."""
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def device(given: torch.device) -> Iterator[None]:
+        log.append(f"to {given}")
+        yield
+        log.append(f"back from {given}")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", log.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: log.append("pop"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    where = indexed("cuda")
+    assert where == torch.device("cuda", 3)
+    assert indexed("cpu") == torch.device("cpu")
+    with pytest.raises(ZeroDivisionError), on_device("flow", where):
+        raise ZeroDivisionError
+    with on_device("flow", torch.device("cpu")):
+        pass
+    assert log == ["to cuda:3", "flow", "pop"]
+    log.clear()
+    with on_device("flow", where):
+        pass
+    assert log == ["to cuda:3", "flow", "pop", "back from cuda:3"]

@@ -45,7 +45,7 @@ def heard(pipe: Pipeline, **options: Any) -> np.ndarray:
 
 def test_a_reference_may_start_elsewhere_than_the_vocal(pipe: Pipeline) -> None:
     clip = (sung(RATE_HZ * 2, seed=5), RATE_HZ)
-    with pytest.raises(AudioError, match=r"past the end \(2.00 s\); give an earlier --reference-start"):
+    with pytest.raises(AudioError, match=r"past the end \(2.00 s\); give an earlier reference_start_s \(--ref"):
         heard(pipe, start_s=3, reference=clip)
     whole = heard(pipe, reference=clip)
     assert len(whole) == RATE_HZ * 2

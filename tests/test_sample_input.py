@@ -67,6 +67,7 @@ def test_rows_without_a_finite_value_are_reported(impl: str) -> None:
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"temperature": 1e-45},
+        {"temperature": 1e300},
         {"step": -1},
         {"step": 2**32},
         {"logits": torch.zeros(8)},
@@ -85,6 +86,22 @@ def test_bad_arguments(impl: str, change: dict[str, Any]) -> None:
     run(impl, **arguments)
     with pytest.raises(ParamError):
         run(impl, **{**arguments, **change})
+
+
+@pytest.mark.parametrize("position", [-1, 2**32])
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_positions_that_are_no_frames(impl: str, position: int) -> None:
+    with pytest.raises(ParamError, match="positions"):
+        run(impl, torch.zeros(2, 8), torch.tensor([0, position]), seed=0, step=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nucleus_that_rounds_to_everything_keeps_everything(impl: str) -> None:
+    """1 - 1e-9 is 1 as float32, in which it is compared; a tail under the mass of one unit has to stay."""
+    row = torch.zeros(1, 2048)
+    row[0, 1500:] = -45.0
+    probs = filtered_probs(at(impl, row), top_p=1 - 1e-9, temperature=100.0, impl=impl)
+    assert int((probs > 0).sum()) == 2048
 
 
 def test_binding_checks_arrays() -> None:

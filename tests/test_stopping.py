@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +72,67 @@ def test_closing_before_the_first_chunk_and_after_the_last(pipe: Pipeline) -> No
     stream.close()
     assert stream.result().codes.shape == (3,)
     assert chunks
+
+
+@pytest.mark.parametrize("by", ["consumer", "another thread", "progress"])
+def test_a_stream_cut_between_two_chunks_does_not_look_whole(pipe: Pipeline, by: str) -> None:
+    """A time limit that closes it while the consumer sends a chunk must not deliver half a song as a song."""
+    sending = threading.Event()
+    closed = threading.Event()
+    streams: list[Any] = []
+
+    def close(progress: Progress) -> None:
+        if by == "progress" and sending.is_set() and not closed.is_set():
+            streams[0].close()  # in the thread that works ahead
+            closed.set()
+
+    stream = pipe.stream(LONG, params=FAST, on_progress=close)
+    streams.append(stream)
+    next(stream)
+    sending.set()
+    if by == "another thread":
+        with ThreadPoolExecutor(1) as other:
+            other.submit(stream.close).result(20)
+    elif by == "consumer":
+        stream.close()
+    else:
+        assert closed.wait(20)
+    with pytest.raises(GenerationCancelled):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert no_threads_left()
+    assert pipe.generate((sung(4800), 48_000), params=FAST).audio.shape[1] > 0
+
+
+ENDING = """
+import sys
+from pathlib import Path
+from stubs import stub_pipeline, sung
+from lada_rt import GenerationParams
+
+stream = stub_pipeline(Path(sys.argv[1])).stream((sung(48_000 * 200), 48_000), params=GenerationParams(steps=3))
+next(stream)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_an_interpreter_that_ends_amid_a_song_ends_in_order(tmp_path: Path, ending: str, code: int) -> None:
+    """A service keeps its streams somewhere: at SIGTERM some are under way."""
+    script = tmp_path / "service.py"
+    script.write_text(ENDING.format(ending=ending))
+    for attempt in range(3):  # it was a race
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), str(folder)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        assert b"terminate called" not in done.stderr
 
 
 @pytest.mark.parametrize("by", ["callback", "close"])

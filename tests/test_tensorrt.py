@@ -28,6 +28,7 @@ from lada_rt.errors import EngineError, ExportError
 from lada_rt.torch_loop.device import capture
 from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
 from lada_rt_export.engine_builders import EngineJob, build_engine, check_backend
+from lada_rt_export.revision import EXPORTER
 from lada_rt_export.stages import StageSpec, stage_spec
 from stubs import sung
 
@@ -88,13 +89,14 @@ def test_a_plan_is_built_proven_and_run(bundle: Bundle, source: TrainedSource, s
     made = [name for name, *_ in called(standin)]
     assert made[:5] == ["parse", "clear_flag", "set_timing_cache", "build", "deserialize"]
     assert ["clear_flag", "TF32"] in called(standin)
+    assert ["build", "SAME_COMPUTE_CAPABILITY"] in called(standin)  # the key says sm_90, not which model of it
     assert not any(name == "set_flag" for name in made)
     assert made.count("execute") == len(entry.proof["sizes"]) == 3
     assert entry.proof["max_rel_error"] <= 1e-4
     assert entry.proof["method"] == "plan in TensorRT on the GPU"
     assert entry.key == EngineKey(
         "denoiser", bundle.stages["denoiser"].sha256, "tensorrt", VERSION, "sm_90", "fp32",
-        {"T": (1, 751, 9001), "P": (0, 2, 2), "R": (1, 751, 9001)},
+        {"T": (1, 751, 9001), "P": (0, 2, 2), "R": (1, 751, 9001)}, exporter=EXPORTER,
     )  # fmt: skip
     assert list_engines(bundle) == [entry]
     assert sorted(p.name for p in (bundle.path / "engines").iterdir()) == [
@@ -292,10 +294,10 @@ def test_the_folder_names_everything_an_engine_depends_on(bundle: Bundle) -> Non
     for change in (
         {"stage": "flow"}, {"network_sha256": "0" * 64}, {"backend": "torch"}, {"backend_version": "11.4"},
         {"arch": "sm_100"}, {"arch": "sm_90+"}, {"precision": "bf16"}, {"profile": {"T": (1, 750, 9001)}},
-        {"any_later_version": True},
+        {"any_later_version": True}, {"exporter": "another"},
     ):  # fmt: skip
         names.add(replace(entry.key, **change).folder_name)  # type: ignore[arg-type]  # a table of changes
-    assert len(names) == 10
+    assert len(names) == 11
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_engines_for_a_gpu_are_bf16_unless_told(monkeypatch: pytest.MonkeyPatch)
         return {name for name, precision in BuildOptions(**options).precisions().items() if precision == "bf16"}
 
     assert chosen() == chosen(backend="torch", device="cpu") == set()
-    monkeypatch.setattr("lada_rt.engines.cache._gpu_arch", lambda: "sm_90")
+    monkeypatch.setattr("lada_rt.engines.torch.device_key", lambda device: "sm_90" if device == "cuda" else "cpu-x")
     assert chosen(backend="torch") == chosen(backend="torch", device="cuda") == half
     assert chosen() == chosen(backend="torch", device="cpu") == chosen(backend="torch", precision="fp32") == set()
     assert chosen(backend="torch", precision="bf16,flow=fp32") == {"denoiser"}

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -26,11 +25,12 @@ import lada_rt
 import numpy as np
 import torch
 from lada_rt.bundle import FORMAT_NAME, FORMAT_VERSION, STAGES, Bundle, FileEntry, StageEntry, file_sha256
-from lada_rt.engines.cache import EngineEntry, list_engines
+from lada_rt.engines.cache import ENGINE_FORMAT, EngineEntry, list_engines
 from lada_rt.errors import BundleError, ExportError, ParamError
 
 from lada_rt_export.bundle_source import BundleHeader, BundleSource
 from lada_rt_export.engine_builders import COMPATIBILITY, EngineJob, build_engine, check_backend, engine_device
+from lada_rt_export.revision import EXPORTER_REVISION
 from lada_rt_export.stage_graph import GraphJob, build_graph
 from lada_rt_export.stages import StageSpec, stage_precisions, stage_spec
 from lada_rt_export.to_onnx import OPSET
@@ -38,8 +38,6 @@ from lada_rt_export.workspace import Workspace, available_memory, check_disk, ch
 
 __all__ = ["BuildOptions", "build_bundle"]
 
-#: bump when exporter, stage modules or proof change in a way that a version number of lada-rt does not show
-EXPORTER_REVISION: Final = 3
 #: distributions that write a graph, beside torch
 _EXPORTERS: Final = ("onnx", "onnxscript", "onnx_ir")
 #: interpreter, torch, exporter
@@ -118,7 +116,7 @@ def build_bundle(
             builds the same bundle, or `out` is something else.
     """
     options = options or BuildOptions()
-    out = Path(os.path.abspath(out))  # a name of its own, so that there is a place beside it
+    out = _own_name(out)
     if out.exists() and not (out / "manifest.json").is_file():
         raise ExportError(f"{out} exists and is not a bundle; choose another --out or remove it")
     with locked(out):
@@ -235,6 +233,8 @@ class _Build:
                     frozenset(self.options.compatibility),
                     self.options.memory_bytes,
                     self.log,
+                    # what a profile holds does not depend on the weights
+                    stage_spec(stage, torch.nn.Module(), self.source.sizes).profile,
                 )
             )
             gc.collect()
@@ -244,7 +244,7 @@ class _Build:
 
     def _clear_leftovers(self, bundle: Bundle) -> None:
         """Remove what interrupted builds left in the folder: files that the manifest does not name, engines that are
-        half built or of another network."""
+        half built, of another network or of an older lada-rt."""
         named = {file.path for file in bundle.all_files()} | {"manifest.json"}
         for path in [p for p in bundle.path.rglob("*") if p.is_file()]:
             inside = path.relative_to(bundle.path)
@@ -269,10 +269,18 @@ class _Build:
                         take(file, target / file.name)
 
 
+def _own_name(out: Path) -> Path:
+    """Where a bundle is in truth: beside it there is a place to build, on the same disk, and a link to it stays."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, which is a RuntimeError before Python 3.13
+        raise ExportError(f"{out}: expected a place for a bundle, got {error}; choose another --out") from None
+
+
 def _is_current(engine: EngineEntry, bundle: Bundle) -> bool:
-    """Whether an engine was built from the bundle's own network."""
+    """Whether an engine was built from the bundle's own network, and not for an older lada-rt alone."""
     stage = bundle.stages.get(engine.key.stage)
-    return stage is not None and stage.sha256 == engine.key.network_sha256
+    return stage is not None and stage.sha256 == engine.key.network_sha256 and engine.format_version >= ENGINE_FORMAT
 
 
 def _old_bundle(out: Path) -> Bundle | None:

@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,11 +19,12 @@ from lada_rt.engines import BACKENDS, DEVICES, machine_for
 from lada_rt.engines.cache import EngineEntry, EngineKey, list_engines, misfit, this_machine, write_engine
 from lada_rt.errors import EngineError, ExportError, ParamError
 
+from lada_rt_export.revision import EXPORTER
 from lada_rt_export.stages import StageSpec
 
 __all__ = ["BUILDERS", "COMPATIBILITY", "BuiltEngine", "EngineJob", "build_engine", "check_backend", "engine_device"]
 
-#: what a TensorRT engine may be asked to run on beside the machine it is built on
+#: what a TensorRT engine may be asked to run on beside its own release and GPUs of its own architecture
 COMPATIBILITY: Final = ("later-versions", "ampere-plus")
 
 #: backend -> (module, what it needs, how to get it)
@@ -38,7 +39,7 @@ class BuiltEngine:
     """What a builder returns.
 
     Attributes:
-        key: what it was built from and for.
+        key: what it was built from and for; the exporter is added to it.
         files: in the folder the builder was given.
         proof: what was measured; `max_rel_error` and `tolerance` at least.
         description: what the runtime's loader needs beside the key.
@@ -63,6 +64,7 @@ class EngineJob:
         compatibility: of "later-versions" and "ampere-plus", for TensorRT.
         memory_bytes: what the proof may take; sizes that need more are left out of it.
         log: told one line per step.
+        profile: of `spec()`, where it is known without the weights; None asks `spec()`.
     """
 
     bundle: Bundle
@@ -73,6 +75,7 @@ class EngineJob:
     compatibility: frozenset[str]
     memory_bytes: int
     log: Callable[[str], None]
+    profile: Mapping[str, tuple[int, int, int]] | None = None
 
 
 class _Builder(Protocol):
@@ -109,23 +112,25 @@ def check_backend(backend: str, device: str = "auto") -> None:
         )
     if backend == "tensorrt" and device == "cpu":
         raise EngineError("backend tensorrt: expected --device cuda, it runs on NVIDIA GPUs only")
+    if has_gpu and device != "cpu":
+        from lada_rt.engines.torch import device_key
+
+        device_key("cuda")  # the driver may list a GPU that torch, which proves and runs engines, does not see
 
 
 def build_engine(job: EngineJob) -> EngineEntry:
-    """Build, prove and file one engine; one that is there already, fits and is as compatible as asked is kept.
+    """Build, prove and file one engine. One that is there already is kept if it fits, is as compatible as asked, whole,
+    and what this exporter would build again; otherwise it goes.
 
     Raises:
         EngineError: the backend failed.
         ExportError: the engine misses its tolerance; it is not written.
     """
-    machine = machine_for(job.backend, job.device)
-    wanted = (job.stage, job.backend, *(name in job.compatibility for name in COMPATIBILITY))
-    for entry in list_engines(job.bundle):
-        key = entry.key
-        found = (key.stage, key.backend, key.any_later_version, key.arch.endswith("+"))
-        if found == wanted and misfit(entry, job.bundle, machine) is None:
-            job.log(f"{job.stage}: {job.backend} engine up to date")
-            return entry
+    kept = _up_to_date(job)
+    if kept is not None:
+        job.log(f"{job.stage}: {job.backend} engine up to date")
+        _drop_rivals(job, kept)
+        return kept
     builder: _Builder = importlib.import_module(BUILDERS[job.backend][0])
     engines = job.bundle.path / "engines"
     folder = engines / f"{job.stage}.building"
@@ -141,11 +146,45 @@ def build_engine(job: EngineJob) -> EngineEntry:
                 f"{proof['max_rel_error']:.2e}, allowed {proof['tolerance']:.0e}; it was not kept, choose another "
                 "--precision"
             )
-        entry = write_engine(engines, built.key, built.files, proof, built.description)
+        entry = write_engine(engines, replace(built.key, exporter=EXPORTER), built.files, proof, built.description)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    _drop_rivals(job, entry)
     job.log(
         f"{job.stage}: {job.backend} engine for {entry.key.arch}, {sum(f.bytes for f in entry.files) / 1e6:.1f} MB, "
         f"error {proof['max_rel_error']:.1e} of {proof['tolerance']:.0e}, {time.monotonic() - start:.0f} s"
     )
     return entry
+
+
+def _rivals(job: EngineJob) -> list[EngineEntry]:
+    """The engines that are there and that the runtime could take here in place of the one that is asked for."""
+    machine = machine_for(job.backend, job.device)
+    wanted = (job.stage, job.backend, *(name in job.compatibility for name in COMPATIBILITY))
+
+    def kind(key: EngineKey) -> tuple[str | bool, ...]:
+        return (key.stage, key.backend, key.any_later_version, key.arch.endswith("+"))
+
+    return [e for e in list_engines(job.bundle) if kind(e.key) == wanted and misfit(e, job.bundle, machine) is None]
+
+
+def _up_to_date(job: EngineJob) -> EngineEntry | None:
+    """An engine that is there and would be built the same again."""
+    for entry in _rivals(job):
+        profile = job.spec().profile if job.profile is None else job.profile
+        if entry.key.exporter != EXPORTER or dict(entry.key.profile) != dict(profile):
+            job.log(f"{job.stage}: {job.backend} engine out of date: another exporter or profile")
+            continue
+        try:
+            entry.verify()
+        except EngineError:
+            job.log(f"{job.stage}: {job.backend} engine out of date: its files are missing or altered")
+            continue
+        return entry
+    return None
+
+
+def _drop_rivals(job: EngineJob, entry: EngineEntry) -> None:
+    for other in _rivals(job):
+        if other.folder != entry.folder:
+            shutil.rmtree(other.folder, ignore_errors=True)

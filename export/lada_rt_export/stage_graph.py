@@ -12,7 +12,8 @@ from typing import Any
 from lada_rt.bundle import FileEntry, StageEntry, file_sha256
 from lada_rt.engines.base import Engine
 from lada_rt.engines.onnxruntime import OnnxEngine, cuda_available
-from lada_rt.errors import ExportError
+from lada_rt.errors import BundleError, EngineError, ExportError
+from torch import nn
 
 from lada_rt_export.cpu_graph import CPU_STAGES, write_cpu_graph
 from lada_rt_export.onnx_check import check_graph
@@ -69,9 +70,7 @@ def build_graph(job: GraphJob) -> StageEntry:
                 "use the torch version that pip install 'lada-rt[export]' chooses"
             )
         gc.collect()
-        engine, method = _engine(spec, module, target)
-        proof = prove(spec, expected, engine, method, job.log)
-        del engine
+        proof = _proof(job, module, target, expected)
         cpu_graph = _cpu_graph(job, target, expected, proof) if for_cpu else None
     except ExportError:
         for file in files:
@@ -108,15 +107,25 @@ def _cpu_graph(job: GraphJob, graph: Path, expected: Reference, proof: dict[str,
     return _entry(job.folder, target)
 
 
-def _engine(spec: StageSpec, module: Any, target: Path) -> tuple[Engine, str]:
-    """What can run this precision here, and what to say about it."""
+def _proof(job: GraphJob, module: nn.Module, graph: Path, expected: Reference) -> dict[str, Any]:
+    """Compare the graph, or its module where nothing here runs the graph.
+
+    Raises:
+        ExportError: it misses the tolerance.
+    """
+    spec = job.spec
     if spec.precision != "bf16":
-        return OnnxEngine(target, low_memory=True), "graph in ONNX Runtime on the CPU"
+        engine: Engine = OnnxEngine(graph, low_memory=True)
+        return prove(spec, expected, engine, "graph in ONNX Runtime on the CPU", job.log)
+    reason = "ONNX Runtime's CPU has no bfloat16 MatMul to run the graph"
     if cuda_available():
-        return OnnxEngine(target, device="cuda"), "graph in ONNX Runtime on the GPU"
-    return ModuleEngine(
-        spec, module
-    ), "bfloat16 torch module; ONNX Runtime's CPU has no bfloat16 MatMul to run the graph"
+        try:
+            engine = OnnxEngine(graph, device="cuda")
+            return prove(spec, expected, engine, "graph in ONNX Runtime on the GPU", job.log)
+        except (BundleError, EngineError) as error:  # its provider is listed where it cannot start, too
+            reason += f", and its GPU did not ({str(error).replace(str(graph), graph.name)})"
+            job.log(f"  {error}; the module is compared instead")
+    return prove(spec, expected, ModuleEngine(spec, module), f"bfloat16 torch module; {reason}", job.log)
 
 
 def _entry(folder: Path, file: Path) -> FileEntry:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsInt
 
+import onnx
 from lada_rt.engines.tensorrt import make_logger, require_tensorrt
 from lada_rt.errors import ExportError
 
@@ -35,7 +36,8 @@ class PlanJob:
         profile: input -> (min, opt, max) shape, of every input.
         timing_cache: file of measured kernels, read if it is there and written; None for none.
         later_versions: the plan runs on later releases of TensorRT too, somewhat slower.
-        hardware: "same" GPU architecture, "same_compute_capability", or "ampere_plus" for that and later ones.
+        hardware: "same_compute_capability", which is what an architecture in an engine's key says; "ampere_plus" for
+            that and later ones; "same" model of GPU only, which no key tells apart from others.
     """
 
     graph: Path
@@ -43,7 +45,7 @@ class PlanJob:
     profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     timing_cache: Path | None = None
     later_versions: bool = False
-    hardware: str = "same"
+    hardware: str = "same_compute_capability"
 
 
 def build_plan(job: PlanJob, on_phase: OnPhase, log: Callable[[str], None]) -> None:
@@ -74,7 +76,8 @@ def _build(job: PlanJob, on_phase: OnPhase, log: Callable[[str], None]) -> None:
     # the flag is what 10.x needs; 11 knows no other kind of network and ignores it
     network = builder.create_network(1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED.value)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(job.graph)):
+    # large weights are found from the path
+    if not parser.parse(_parsed_graph(job.graph), str(job.graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         first = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors[:3])
         raise ExportError(
@@ -102,6 +105,20 @@ def _build(job: PlanJob, on_phase: OnPhase, log: Callable[[str], None]) -> None:
         temporary = job.timing_cache.with_suffix(".new")
         temporary.write_bytes(config.get_timing_cache().serialize())
         temporary.replace(job.timing_cache)
+
+
+def _parsed_graph(graph: Path) -> bytes:
+    """A graph for the parser: attention may become several kernels where no fused one fits, as none does in float32.
+
+    Unmarked, it becomes one kernel or nothing. The mark is the parser's own: ONNX Runtime refuses a graph with it.
+
+    Source: onnx-tensorrt, onnxOpImporters.cpp, Attention; NvInfer.h, IAttention::setDecomposable.
+    """
+    model = onnx.load(str(graph), load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return bytes(model.SerializeToString())
 
 
 def _set_profile(

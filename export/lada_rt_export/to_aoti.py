@@ -18,6 +18,7 @@ from lada_rt.torch_loop.path import WholeFlow
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lada_rt_export.host_code import no_native_code
 from lada_rt_export.proof import prove, reference
 from lada_rt_export.stages import StageSpec
 from lada_rt_export.torch_stages import StagePart, stage_parts
@@ -66,7 +67,8 @@ def build_engine(
         case = {name: tensor.to(where) for name, tensor in spec.cases()[-1].inputs.items()}
         examples = _examples(spec, parts, case)
         for part in parts:
-            _compile(part, examples[part.name], _axes(spec, part), paths[part.name])
+            with no_native_code(where):
+                _compile(part, examples[part.name], _axes(spec, part), paths[part.name])
         entries = [
             {
                 "name": part.name,

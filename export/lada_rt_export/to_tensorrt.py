@@ -54,7 +54,7 @@ def build(job: EngineJob, folder: Path) -> BuiltEngine:
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in case.inputs.items()}
         np.savez(cases / f"{index}.npz", **arrays)
     later = "later-versions" in job.compatibility
-    hardware = "ampere_plus" if "ampere-plus" in job.compatibility else "same"
+    hardware = "ampere_plus" if "ampere-plus" in job.compatibility else "same_compute_capability"
     timings = folder.parent / f"timings-{machine.backend_version}-{machine.arch}.cache"
     order = {
         "graph": str(job.bundle.file_path(stage.graph)),

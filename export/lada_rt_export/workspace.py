@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -104,14 +105,40 @@ class Workspace:
             return False
 
     def publish(self, out: Path) -> None:
-        """Give the finished bundle its name; one that was there is removed once the new one is in place."""
-        old = out.with_name(out.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        self.bundle.rename(out)
+        """Give the finished bundle its name; one that was there is removed once the new one is in place.
+
+        Raises:
+            ExportError: it cannot take its place; the old one stays, and the next build is done at once.
+        """
+        old = _free_name(out)
+        try:
+            if out.exists():
+                out.rename(old)
+            try:
+                self.bundle.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
+        except OSError as error:
+            raise ExportError(
+                f"{out}: the finished bundle cannot take this place ({error.strerror}); make room and run the same "
+                f"command again, which keeps what is built, or move {self.bundle} there yourself"
+            ) from error
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _free_name(out: Path) -> Path:
+    """A name beside a bundle for the one it replaces. What an earlier build left may not be removable: a link, or files
+    that are open on a network disk."""
+    name = out.with_name(out.name + ".replaced")
+    for number in itertools.count(2):
+        shutil.rmtree(name, ignore_errors=True)
+        if not os.path.lexists(name):
+            break
+        name = out.with_name(f"{out.name}.replaced{number}")
+    return name
 
 
 def _fact(path: Path) -> list[Any]:

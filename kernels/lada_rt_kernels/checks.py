@@ -10,7 +10,25 @@ from torch import Tensor
 
 from lada_rt_kernels import numeric
 
-__all__ = ["check_finite", "check_logits", "check_rows", "raise_bad_row"]
+__all__ = [
+    "check_finite",
+    "check_logits",
+    "check_positions",
+    "check_rows",
+    "float32",
+    "inverse_temperature",
+    "raise_bad_row",
+]
+
+
+def float32(value: float) -> float:
+    """The nearest float32: what every implementation computes with."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def inverse_temperature(temperature: float) -> float:
+    """1 / temperature as float32; infinite where it is not above 0."""
+    return float32(1.0 / temperature) if temperature > 0 else math.inf
 
 
 def check_logits(logits: Tensor, top_k: int, top_p: float, temperature: float, step: int) -> None:
@@ -25,8 +43,7 @@ def check_logits(logits: Tensor, top_k: int, top_p: float, temperature: float, s
         raise ParamError(f"expected top_k >= 1, or 0 for off, got {top_k}; pass for example 100")
     if not top_p >= 0:
         raise ParamError(f"expected top_p >= 0 (1 or more is off), got {top_p}; pass for example 0.9")
-    inverse = 1.0 / temperature if temperature > 0 else math.inf
-    if not 0 < inverse < 3.4e38:
+    if not 0 < inverse_temperature(temperature) < math.inf:
         raise ParamError(f"expected a finite temperature above 0, got {temperature}; pass for example 1.0")
     if not 0 <= step < 2**32:
         raise ParamError(f"expected step in [0, 2**32), got {step}; pass the 0-based step")
@@ -46,6 +63,13 @@ def check_rows(logits: Tensor, positions: Tensor, exp_noise: Tensor | None) -> N
             f"expected exp_noise {list(logits.shape)} float32 on {logits.device}, got {list(exp_noise.shape)} "
             f"{exp_noise.dtype} on {exp_noise.device}; pass one draw per logit"
         )
+
+
+def check_positions(positions: Tensor) -> None:
+    """Waits for the positions, where they are on a GPU."""
+    wrong = (positions < 0) | (positions >= 2**32)
+    if bool(wrong.any()):
+        raise ParamError(f"expected positions in [0, 2**32), got {int(positions[wrong][0])}; pass the absolute frame")
 
 
 def check_finite(x: Tensor, positions: Tensor | None) -> None:

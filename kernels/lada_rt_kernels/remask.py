@@ -247,26 +247,27 @@ def remask(
     by_confidence = strategy == "low_confidence"
     seed_lo, seed_hi = seed_words(seed)
     counter_step = 0 if strategy == "fixed_position" else step
-    _remask_kernel[(1,)](
-        codes,
-        rows.contiguous(),
-        tokens.contiguous(),
-        log_confidence.contiguous(),
-        log_confidence if noise is None else noise.contiguous(),
-        # An empty tensor has no address to hand over; nothing is stored through it.
-        rows_next if n_masked else rows,
-        n_rows,
-        n_masked,
-        tau,
-        mask_id,
-        seed_lo,
-        seed_hi,
-        counter_step - 2**32 if counter_step >= 2**31 else counter_step,
-        BLOCK=max(64, triton.next_power_of_2(n_rows)),
-        BY_CONFIDENCE=by_confidence,
-        HAS_TAU=by_confidence and tau > 0,
-        HAS_NOISE=noise is not None,
-        num_warps=16 if n_rows > 2048 else 4,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(codes):  # Triton launches on the current device
+        _remask_kernel[(1,)](
+            codes,
+            rows.contiguous(),
+            tokens.contiguous(),
+            log_confidence.contiguous(),
+            log_confidence if noise is None else noise.contiguous(),
+            # An empty tensor has no address to hand over; nothing is stored through it.
+            rows_next if n_masked else rows,
+            n_rows,
+            n_masked,
+            tau,
+            mask_id,
+            seed_lo,
+            seed_hi,
+            counter_step - 2**32 if counter_step >= 2**31 else counter_step,
+            BLOCK=max(64, triton.next_power_of_2(n_rows)),
+            BY_CONFIDENCE=by_confidence,
+            HAS_TAU=by_confidence and tau > 0,
+            HAS_NOISE=noise is not None,
+            num_warps=16 if n_rows > 2048 else 4,
+            enable_fp_fusion=False,
+        )
     return rows_next

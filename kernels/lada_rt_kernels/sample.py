@@ -16,10 +16,19 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from lada_rt.cpus import cpu_count
 from torch import Tensor
 
 from lada_rt_kernels import numeric
-from lada_rt_kernels.checks import check_finite, check_logits, check_rows, raise_bad_row
+from lada_rt_kernels.checks import (
+    check_finite,
+    check_logits,
+    check_positions,
+    check_rows,
+    float32,
+    inverse_temperature,
+    raise_bad_row,
+)
 from lada_rt_kernels.dispatch import pick_impl, seed_words
 from lada_rt_kernels.numeric_triton import (
     exp_shifted,
@@ -41,10 +50,10 @@ def _filter_ref(x: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     ordered, ids = x.sort(dim=1, descending=True, stable=True)  # [R, V], equal values by ascending id
     d = ordered - ordered[:, :1]
     kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_p < 1:
+    p = float32(top_p)
+    if p < 1:
         mass = numeric.mass_of(d)
         running = mass.cumsum(1)
-        p = float(torch.tensor(top_p, dtype=torch.float32))
         limit = (running[:, -1:].to(torch.float64) * p).to(torch.int64)  # [R, 1]
         # rank j goes when the mass before it already exceeds p; rank 1 has none before it
         kept = running - mass <= limit
@@ -53,10 +62,6 @@ def _filter_ref(x: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
         kept = kept & (left >= left[:, top_k - 1 : top_k])
     by_id = torch.empty_like(kept).scatter_(1, ids, kept)
     return by_id, x - ordered[:, :1]
-
-
-def _inverse(temperature: float) -> float:
-    return float(torch.tensor(1.0 / temperature, dtype=torch.float32))
 
 
 def sample_ref(
@@ -73,13 +78,14 @@ def sample_ref(
     """The definition of `sample`, in plain torch; arguments and results as there."""
     check_logits(logits, top_k, top_p, temperature, step)
     check_rows(logits, positions, exp_noise)
+    check_positions(positions)
     x = logits.to(torch.float32)
     rows, vocab = x.shape
     if rows == 0:
         return positions.to(torch.int32), x.new_empty(0)
     check_finite(x, positions)
     kept, d = _filter_ref(x, top_k, top_p)
-    scaled = d * _inverse(temperature)
+    scaled = d * inverse_temperature(temperature)
     total = torch.where(kept, numeric.mass_of(scaled), 0).sum(1)  # [R]
     ids = torch.arange(vocab, device=x.device)
     if exp_noise is None:
@@ -103,7 +109,7 @@ def filtered_probs_ref(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, te
         return x
     check_finite(x, None)
     kept, d = _filter_ref(x, top_k, top_p)
-    scaled = d * _inverse(temperature)
+    scaled = d * inverse_temperature(temperature)
     total = torch.where(kept, numeric.mass_of(scaled), 0).sum(1, keepdim=True)
     weight = torch.where(kept & (scaled >= -87.0), numeric.exp_shifted(scaled, 0), torch.zeros_like(scaled))
     return weight / (total.to(torch.float32) * 2.0**-numeric.MASS_BITS)
@@ -324,30 +330,32 @@ def _launch(
     # Candidates are sought among group maxima only where there are many more groups than k.
     slots = 512 if by_count and top_k <= 128 and block >= 128 * top_k and block >= 2048 else 0
     seed_lo, seed_hi = seed_words(seed)
-    _sample_kernel[(rows,)](
-        x,
-        positions,
-        confidence if exp_noise is None else exp_noise.contiguous(),
-        tokens,
-        confidence,
-        confidence if probs is None else probs,
-        x.stride(0),
-        vocab,
-        top_k,
-        float(torch.tensor(top_p, dtype=torch.float32)),
-        _inverse(temperature),
-        seed_lo,
-        seed_hi,
-        step - 2**32 if step >= 2**31 else step,
-        BLOCK=block,
-        SLOTS=slots,
-        BY_COUNT=by_count,
-        BY_MASS=top_p < 1,
-        HAS_NOISE=exp_noise is not None,
-        WRITE_PROBS=probs is not None,
-        num_warps=min(16, max(1, block // 1024)),
-        enable_fp_fusion=False,
-    )
+    p = float32(top_p)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _sample_kernel[(rows,)](
+            x,
+            positions,
+            confidence if exp_noise is None else exp_noise.contiguous(),
+            tokens,
+            confidence,
+            confidence if probs is None else probs,
+            x.stride(0),
+            vocab,
+            top_k,
+            p,
+            inverse_temperature(temperature),
+            seed_lo,
+            seed_hi,
+            step - 2**32 if step >= 2**31 else step,
+            BLOCK=block,
+            SLOTS=slots,
+            BY_COUNT=by_count,
+            BY_MASS=p < 1,
+            HAS_NOISE=exp_noise is not None,
+            WRITE_PROBS=probs is not None,
+            num_warps=min(16, max(1, block // 1024)),
+            enable_fp_fusion=False,
+        )
 
 
 def _as_numpy(logits: Tensor) -> Any:
@@ -374,7 +382,7 @@ def sample(
 
     Args:
         logits: [R, V] float32, float16 or bfloat16, V <= 65,536; -inf excludes a token.
-        positions: [R] int64, absolute frame of each row, in [0, 2**32).
+        positions: [R] int64, absolute frame of each row, in [0, 2**32), which the Triton kernel does not check.
         seed: any integer; its low 64 bits are the Philox key.
         step: 0-based step, in [0, 2**32).
         top_k: tokens to keep, 0 for off.
@@ -409,7 +417,9 @@ def sample(
         from lada_rt import _C
 
         noise = None if exp_noise is None else exp_noise.contiguous().numpy()
-        drawn, log_confidence = _C.sample(_as_numpy(logits), positions.numpy(), exp_noise=noise, **settings)
+        drawn, log_confidence = _C.sample(
+            _as_numpy(logits), positions.numpy(), exp_noise=noise, n_threads=cpu_count(), **settings
+        )
         return torch.from_numpy(drawn), torch.from_numpy(log_confidence)
     tokens = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
     confidence = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
@@ -442,7 +452,7 @@ def filtered_probs(
     if chosen == "cpp":
         from lada_rt import _C
 
-        return torch.from_numpy(_C.filtered_probs(_as_numpy(logits), **settings))
+        return torch.from_numpy(_C.filtered_probs(_as_numpy(logits), n_threads=cpu_count(), **settings))
     probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         unused = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)

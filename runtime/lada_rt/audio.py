@@ -11,9 +11,8 @@ import logging
 import math
 import os
 import secrets
-import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ import numpy as np
 from lada_rt.errors import AudioError, ParamError
 from lada_rt.files import check_source, check_target
 from lada_rt.params import check_seconds
+from lada_rt.wav import announced_frames, to_pcm16, wav_header
 
 __all__ = [
     "OUTPUT_FORMATS",
@@ -56,6 +56,10 @@ MAX_FILE_HOURS = 24
 _UNKNOWN_FRAMES = 1 << 62
 #: frames read, mended and resampled at once, so that no second copy of a long vocal exists
 BLOCK_FRAMES = 1 << 18
+#: No integer format reaches this; what does is no sound, and from there sums and resampling could overflow to infinity.
+MAX_LEVEL = 2.0**32
+#: 6 dB over full scale: decoded MP3 and unlimited mixes stay below, samples on the scale of integers do not
+LOUD_PEAK = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,10 @@ def load_audio(
     start_s: float = 0.0,
     end_s: float | None = None,
     max_seconds: float = math.inf,
+    cut: bool = False,
     what: str = "vocal",
     mono: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> LoadedAudio:
     """Read a segment of a file or array and resample it (spec/lada_band e: resample first, channels second).
 
@@ -90,36 +96,70 @@ def load_audio(
         rate_hz: rate to return.
         start_s, end_s: the segment in seconds; end None is the end of the source.
         max_seconds: the longest segment allowed.
+        cut: keep the beginning of a longer one, with a warning, rather than refuse it.
         what: name used in messages.
         mono: average all channels (spec/clamp3 3.1); of linear steps the order does not matter.
+        check: called before every block; raises to stop.
 
     Returns:
         One or two channels: mono stays mono, of more than two the first two are kept, as the released program does with
-        a vocal. NaN becomes 0 and infinities +-1 before resampling, which would spread them.
+        a vocal. NaN becomes 0, and infinities and what lies beyond any scale +-1, before resampling would spread them.
 
     Raises:
         AudioError: no such file, not audio, its length unknown, empty, too short or long, or the segment lies outside.
         ParamError: the segment's bounds make no sense, or the array has a wrong type or shape.
     """
     _check_segment(start_s, end_s)
+    wanted = _Wanted(start_s, end_s, max_seconds, cut, what)
     with contextlib.ExitStack() as files:
         if isinstance(source, tuple):
-            segment = _open_array(source, start_s, end_s, max_seconds, what)
+            segment = _open_array(source, wanted)
         elif not isinstance(source, str | os.PathLike):
             raise ParamError(f"{what}: expected a path or (samples, sample rate), got {type(source).__name__}")
         else:
-            segment = _open_file(files, source, start_s, end_s, max_seconds, what)
-        samples, n_frames, n_bad = _collect(segment, rate_hz, mono)
+            segment = _open_file(files, source, wanted)
+        samples, n_frames, n_bad, peak = _collect(segment, rate_hz, mono, check)
     if n_frames == 0:
         raise AudioError(f"{what}: {source}: expected {segment.n_frames} samples, got none; the file is truncated")
-    warnings = []
+    source_hz, warnings = segment.rate_hz, []
+    if segment.n_uncut > segment.n_frames:
+        warnings.append(
+            f"{what}: expected at most {max_seconds:g} s, got {segment.n_uncut / source_hz:.1f} s; the first are used, "
+            f"choose others with {wanted.start_option}"
+        )
+    if segment.n_announced - n_frames > MIN_FILE_SECONDS * source_hz:  # less is no loss: headers count padding too
+        warnings.append(
+            f"{what}: expected {segment.n_announced / source_hz:.2f} s, as the header says, got "
+            f"{n_frames / source_hz:.2f} s; the file is truncated"
+        )
     if segment.n_channels > 2 and not mono:
         warnings.append(f"{what}: {segment.n_channels} channels, only the first two are used")
     if n_bad:
-        warnings.append(f"{what}: {n_bad} samples were NaN or infinite and have been replaced by 0 or full scale")
+        warnings.append(f"{what}: {n_bad} samples were NaN, infinite or beyond any scale, replaced by 0 or full scale")
+    if peak > LOUD_PEAK:
+        warnings.append(f"{what}: expected samples within +-1, got a peak of {peak:.5g}; scale them to +-1")
     for line in warnings:
         log.warning(line)
-    return LoadedAudio(samples, n_frames / segment.rate_hz, tuple(warnings))
+    return LoadedAudio(samples, n_frames / source_hz, tuple(warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What `load_audio` is asked for."""
+
+    start_s: float
+    end_s: float | None
+    max_seconds: float
+    cut: bool
+    what: str
+
+    @property
+    def start_option(self) -> str:
+        # a reference starts where the vocal does, unless told otherwise
+        return "reference_start_s (--reference-start)" if self.what == "reference" else "start_s (--start)"
+
+    def stop(self, n_frames: int, rate_hz: int) -> int:
+        return n_frames if self.end_s is None else min(n_frames, int(rate_hz * self.end_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +169,15 @@ class _Segment:
     rate_hz: int
     n_channels: int
     n_frames: int
+    n_uncut: int  # without a bound on its length
+    n_announced: int  # by the header of the file
     blocks: Iterator[np.ndarray]
 
 
-def _collect(segment: _Segment, rate_hz: int, mono: bool) -> tuple[np.ndarray, int, int]:
-    """Mend and resample a segment block by block: (samples [1 or 2, N], frames read, bad samples)."""
+def _collect(
+    segment: _Segment, rate_hz: int, mono: bool, check: Callable[[], None]
+) -> tuple[np.ndarray, int, int, float]:
+    """Mend and resample a segment block by block: (samples [1 or 2, N], frames read, bad samples, peak)."""
     import soxr
 
     n_used = segment.n_channels if mono else min(segment.n_channels, 2)
@@ -144,6 +188,7 @@ def _collect(segment: _Segment, rate_hz: int, mono: bool) -> tuple[np.ndarray, i
     # floor, as the released resampler: the number of codes follows from it
     samples = np.zeros((n_channels, max(1, segment.n_frames * rate_hz // segment.rate_hz)), np.float32)
     n_read = n_bad = filled = 0
+    peak = 0.0
 
     def keep(block: np.ndarray, last: bool) -> None:
         nonlocal filled
@@ -153,17 +198,20 @@ def _collect(segment: _Segment, rate_hz: int, mono: bool) -> tuple[np.ndarray, i
         filled += len(piece)
 
     for block in segment.blocks:
+        check()
         block = np.ascontiguousarray(block[:, :n_used])
-        bad = block.size - int(np.count_nonzero(np.isfinite(block)))
-        if bad:
-            block = np.nan_to_num(block, nan=0.0, posinf=1.0, neginf=-1.0)
-        n_bad += bad
+        level = np.abs(block)
+        bad = ~(level <= MAX_LEVEL)  # NaN too
+        if bad.any():
+            n_bad += int(np.count_nonzero(bad))
+            block[bad] = np.clip(np.nan_to_num(block[bad]), -1.0, 1.0)
+        peak = max(peak, float(level.max(where=~bad, initial=0.0)))
         n_read += len(block)
         keep(block.mean(axis=1, dtype=np.float32, keepdims=True) if mono else block, last=False)
     if resampler is not None:
         keep(np.zeros((0, n_channels), np.float32), last=True)
     n_out = max(1, n_read * rate_hz // segment.rate_hz)  # less than foreseen when the file is truncated
-    return (samples if n_out == samples.shape[1] else samples[:, :n_out].copy()), n_read, n_bad
+    return (samples if n_out == samples.shape[1] else samples[:, :n_out].copy()), n_read, n_bad, peak
 
 
 def _check_segment(start_s: Any, end_s: Any) -> None:
@@ -175,37 +223,35 @@ def _check_segment(start_s: Any, end_s: Any) -> None:
         raise ParamError(f"end: expected more than start ({start_s:g} s), got {end_s:g} s")
 
 
-def _segment_frames(
-    n_frames: int, rate_hz: int, start_s: float, end_s: float | None, max_seconds: float, what: str
-) -> tuple[int, int]:
+def _segment_frames(n_frames: int, rate_hz: int, wanted: _Wanted, what: str) -> tuple[int, int, int]:
+    """Where the segment starts, where it stops, and where it would without a bound on its length."""
     if n_frames == 0:
         raise AudioError(f"{what}: expected audio, got zero samples; give a file that holds sound")
-    start = int(rate_hz * start_s)
+    start = int(rate_hz * wanted.start_s)
     if start >= n_frames:
-        # a reference starts where the vocal does, unless told otherwise
-        remedy = "give an earlier --reference-start" if what.startswith("reference") else "give an earlier start"
-        raise AudioError(f"{what}: --start {start_s:g} s lies past the end ({n_frames / rate_hz:.2f} s); {remedy}")
-    stop = n_frames if end_s is None else min(n_frames, int(rate_hz * end_s))
-    if stop <= start:
-        raise AudioError(f"{what}: the segment from {start_s:g} s to {end_s} s holds no sample; make it longer")
-    if (stop - start) / rate_hz > max_seconds:
         raise AudioError(
-            f"{what}: expected at most {max_seconds:g} s, got {(stop - start) / rate_hz:.1f} s; "
-            "cut it with --start and --end, or take it whole with --long"
+            f"{what}: the start, {wanted.start_s:g} s, lies past the end ({n_frames / rate_hz:.2f} s); "
+            f"give an earlier {wanted.start_option}"
         )
-    return start, stop
+    stop = wanted.stop(n_frames, rate_hz)
+    if stop <= start:
+        raise AudioError(
+            f"{what}: the segment from {wanted.start_s:g} s to {wanted.end_s} s holds no sample; make it longer"
+        )
+    if (stop - start) / rate_hz <= wanted.max_seconds:
+        return start, stop, stop
+    if wanted.cut:
+        return start, start + int(wanted.max_seconds * rate_hz), stop
+    raise AudioError(
+        f"{what}: expected at most {wanted.max_seconds:g} s, got {(stop - start) / rate_hz:.1f} s; "
+        "cut it with start_s and end_s (--start, --end), or take it whole with long (--long)"
+    )
 
 
-def _open_file(
-    files: contextlib.ExitStack,
-    path: str | os.PathLike[str],
-    start_s: float,
-    end_s: float | None,
-    max_seconds: float,
-    what: str,
-) -> _Segment:
+def _open_file(files: contextlib.ExitStack, path: str | os.PathLike[str], wanted: _Wanted) -> _Segment:
     import soundfile
 
+    what = wanted.what
     check_source(path, what)
 
     def refuse(error: Exception) -> AudioError:
@@ -226,6 +272,7 @@ def _open_file(
 
     try:
         file = files.enter_context(soundfile.SoundFile(_native(path)))
+        announced = announced_frames(path, file.frames)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
         raise refuse(error) from None
     if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
@@ -248,13 +295,13 @@ def _open_file(
             f"{what}: {path}: expected at least {MIN_FILE_SECONDS:g} s of audio, got "
             f"{file.frames / file.samplerate:.3f} s; give a longer file"
         )
-    start, stop = _segment_frames(file.frames, file.samplerate, start_s, end_s, max_seconds, f"{what}: {path}")
-    return _Segment(file.samplerate, file.channels, stop - start, blocks())
+    start, stop, uncut = _segment_frames(file.frames, file.samplerate, wanted, f"{what}: {path}")
+    promised = wanted.stop(announced, file.samplerate) if stop == file.frames else stop
+    return _Segment(file.samplerate, file.channels, stop - start, uncut - start, promised - start, blocks())
 
 
-def _open_array(
-    source: tuple[np.ndarray, int], start_s: float, end_s: float | None, max_seconds: float, what: str
-) -> _Segment:
+def _open_array(source: tuple[np.ndarray, int], wanted: _Wanted) -> _Segment:
+    what = wanted.what
     if len(source) != 2:
         raise ParamError(f"{what}: expected (samples, sample rate), got a tuple of {len(source)}")
     samples, rate_hz = source
@@ -272,14 +319,14 @@ def _open_array(
         raise ParamError(
             f"{what}: expected 1 to 64 channels in [C, N], got shape {list(samples.shape)}; transpose [N, C] arrays"
         )
-    start, stop = _segment_frames(samples.shape[1], int(rate_hz), start_s, end_s, max_seconds, what)
+    start, stop, uncut = _segment_frames(samples.shape[1], int(rate_hz), wanted, what)
 
     def blocks() -> Iterator[np.ndarray]:
         for position in range(start, stop, BLOCK_FRAMES):
             with np.errstate(over="ignore"):
                 yield samples[:, position : min(position + BLOCK_FRAMES, stop)].T.astype(np.float32)
 
-    return _Segment(int(rate_hz), samples.shape[0], stop - start, blocks())
+    return _Segment(int(rate_hz), samples.shape[0], stop - start, uncut - start, stop - start, blocks())
 
 
 def mix_vocal(accompaniment: np.ndarray, vocal: np.ndarray) -> np.ndarray:
@@ -450,28 +497,3 @@ def _check_complete(path: Path, n_samples: int) -> None:
     found = soundfile.info(_native(path)).frames
     if found != n_samples:
         raise OSError(28, f"only {found} of {n_samples} samples could be written")
-
-
-def wav_header(n_samples: int, rate_hz: int, n_channels: int = 2) -> bytes:
-    """Header of a 16-bit PCM WAV of known length, for a stream that cannot be rewound.
-
-    Raises:
-        ParamError: more than the 4 GiB that the format can count.
-    """
-    n_bytes = n_samples * n_channels * 2
-    if 36 + n_bytes >= 2**32:
-        raise ParamError(f"output: expected at most 4 GiB of WAV, got {n_bytes} bytes; write .flac, or a segment")
-    return struct.pack(
-        "<4sI4s4sIHHIIHH4sI",
-        *(b"RIFF", 36 + n_bytes, b"WAVE", b"fmt ", 16),
-        *(1, n_channels, rate_hz, rate_hz * n_channels * 2, n_channels * 2, 16),
-        *(b"data", n_bytes),
-    )
-
-
-def to_pcm16(samples: np.ndarray) -> np.ndarray:
-    """[C, N] float32 to interleaved [N, C] 16-bit PCM, rounded to nearest and clipped.
-
-    libsndfile's own conversion rounds down, half a step of offset.
-    """
-    return np.clip(np.rint(samples.T * np.float32(32767)), -32768, 32767).astype("<i2")

@@ -9,22 +9,26 @@ Layout:
     constants.npz       small arrays the runtime itself needs (latent mean and deviation)
     engines/<key>/      compiled engines, rebuilt when stale; not part of the bundle's hash
 
-A bundle is untrusted: paths may not leave its folder, and every byte of graphs and files is checked against the
-manifest before use. Not so engines/, which no manifest names: they are native code, built for one machine, and a bundle
-from elsewhere should come without them. Their own entries name their hashes, which `inspect` and every load check.
+A bundle is untrusted: paths may not leave its folder, nothing but regular files is opened, and every byte of graphs and
+files is checked against the manifest before use. Not so engines/, which no manifest names: they are native code, built
+for one machine, and a bundle from elsewhere should come without them. Their own entries name their hashes, which
+`inspect` and every load check.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import struct
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,8 +47,10 @@ __all__ = [
     "TensorEntry",
     "demo_bundle_path",
     "file_sha256",
+    "open_regular",
     "parse_proof",
     "parse_stage",
+    "read_json",
 ]
 
 FORMAT_NAME = "lada-rt bundle"
@@ -170,36 +176,42 @@ class Bundle:
         """Read and check `manifest.json` (not the other files' bytes: see `verify`).
 
         Raises:
-            BundleError: no bundle there, a newer format, or a manifest that is damaged or incomplete.
+            BundleError: no bundle there, a newer format, a manifest that is damaged or incomplete, or something other
+                than a file where it names one.
         """
         folder = Path(path)
         manifest_path = folder / "manifest.json"
         # os.path, as the methods of Path raise where a name is too long or a folder is closed to us
         if not os.path.isfile(manifest_path):
-            what = "no manifest.json in it" if os.path.isdir(folder) else "no such folder"
+            what = "no such folder"
+            if os.path.isdir(folder):
+                there = os.path.lexists(manifest_path)
+                what = "its manifest.json is not a regular file" if there else "no manifest.json in it"
             raise BundleError(
                 f"{folder}: expected a bundle folder, {what}; correct the path, or build it with: lada-rt build-engine"
             )
         try:
-            if manifest_path.stat().st_size > MANIFEST_LIMIT_BYTES:
-                raise ValueError("larger than any manifest")
-            raw = manifest_path.read_bytes()
-            data = json.loads(raw)
+            data = read_json(manifest_path, MANIFEST_LIMIT_BYTES)
             if not isinstance(data, dict):
                 raise ValueError("not an object")
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(
                 f"{manifest_path}: expected a JSON manifest, {_one_line(error)}; fetch or rebuild the bundle"
             ) from None
-        return cls._parse(folder, data)
+        bundle = cls._parse(folder, data)
+        for file in map(bundle.file_path, bundle.all_files()):
+            # here and not in `verify` alone: a pipe is waited for, and a device may never end
+            if os.path.exists(file) and not os.path.isfile(file):
+                raise BundleError(f"{file}: cannot be read (not a regular file); fetch or rebuild the bundle")
+        return bundle
 
     @classmethod
     def _parse(cls, folder: Path, data: dict[str, Any]) -> Bundle:
-        version = data.get("format_version")
-        if data.get("format") != FORMAT_NAME or isinstance(version, bool) or not isinstance(version, int):
+        name, version = data.get("format"), data.get("format_version")
+        if name != FORMAT_NAME or isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise BundleError(
-                f"{folder}/manifest.json: expected format {FORMAT_NAME!r}, got "
-                f"{data.get('format')!r}; rebuild the bundle"
+                f"{folder}/manifest.json: expected format {FORMAT_NAME!r} and a version from 1 on, got "
+                f"{repr(name)[:80]} and {repr(version)[:80]}; rebuild the bundle"
             )
         if version > FORMAT_VERSION:
             raise BundleError(
@@ -335,8 +347,33 @@ def manifest_sha256(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open an untrusted file to read.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or a device, which is not tried: that alone may wait for ever.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.open("rb")
+
+
+def read_json(path: Path, limit_bytes: int) -> Any:
+    """JSON of an untrusted file.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, is longer, or is something else.
+    """
+    with open_regular(path) as file:
+        raw = file.read(limit_bytes + 1)
+    if len(raw) > limit_bytes:
+        raise ValueError(f"more than {limit_bytes} bytes")
+    return json.loads(raw)
+
+
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """Hash of a regular file; see `open_regular`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,6 +6,7 @@ Source: spec/clamp3.md, sections 2, 3 and 6; spec/lada_band.md, section c.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,6 +193,7 @@ def encode_reference(
     chunk_samples: int = CHUNK_SAMPLES,
     bf16: bool = True,
     hidden_size: int = 768,
+    check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
     """Audio feature of a reference.
 
@@ -203,6 +205,7 @@ def encode_reference(
         chunk_samples: samples per engine call.
         bf16: round the samples to bfloat16, as the released precision setting does.
         hidden_size: width of the engine's frames.
+        check: called between chunks; raises to stop.
 
     Returns:
         [F] float32, not yet rounded to bfloat16.
@@ -215,14 +218,18 @@ def encode_reference(
     if waveform.ndim != 1:
         raise ParamError(f"expected mono reference audio of shape [N], got {waveform.shape}; average the channels")
     chunks = reference_chunks(len(waveform), chunk_samples)
-    if bf16:
-        waveform = round_bf16(waveform)
-    if not np.isfinite(waveform).all():  # after rounding, which overflows at the very end of float32
-        raise AudioError("expected finite reference audio, got NaN or infinite samples; repair or re-export the file")
     frame_sum = np.zeros((1, hidden_size), dtype=np.float32)
     frame_count = np.zeros(1, dtype=np.float32)
     for start, stop in chunks:
-        out = engine.run(waveform=waveform[None, start:stop], frame_sum=frame_sum, frame_count=frame_count)
+        if start:
+            check()
+        # chunk by chunk: of a long reference no second copy exists
+        chunk = round_bf16(waveform[start:stop]) if bf16 else waveform[start:stop]
+        if not np.isfinite(chunk).all():  # after rounding, which overflows at the very end of float32
+            raise AudioError(
+                "expected finite reference audio, got NaN or infinite samples; repair or re-export the file"
+            )
+        out = engine.run(waveform=chunk[None], frame_sum=frame_sum, frame_count=frame_count)
         frame_sum, frame_count = out["frame_sum_out"], out["frame_count_out"]
     return out["feature"][0]
 

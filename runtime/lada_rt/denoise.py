@@ -59,6 +59,7 @@ def denoise(
     first_step: FirstStep | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     recorded: RecordedNoise | None = None,
+    n_threads: int | None = None,
 ) -> np.ndarray:
     """Draw the accompaniment's codes for a vocal.
 
@@ -75,6 +76,7 @@ def denoise(
         first_step: where to find, or leave, the logits of the first step; only with nothing known.
         on_step: called with (steps done, steps in all), first with 0.
         recorded: noise to use in place of the seed's own.
+        n_threads: of the sampler on the CPU, which changes no code; None is every CPU this process may use.
 
     Returns:
         [T] int64 codes, none of them masked within the span.
@@ -98,11 +100,13 @@ def denoise(
     start, stop = span or (0, len(vocal_codes))
     codes = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known.copy()
     rows = start + np.flatnonzero(codes[start:stop] == mask_id)  # positions still masked, ascending
+    if len(rows) == 0:
+        return codes
     n_steps = 1 if params.strategy == "one_shot" else params.steps
     counts = mask_counts(len(rows), n_steps, params.schedule)
     taus = selection_temperatures(n_steps, params.mask_temperature)
     noise = recorded or RecordedNoise()
-    n_threads = cpu_count()
+    n_threads = n_threads or cpu_count()
 
     on_step(0, n_steps)
     for step in range(n_steps):

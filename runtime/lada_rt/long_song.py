@@ -50,11 +50,12 @@ def denoise_spans(
     known: np.ndarray | None = None,
     first_step: FirstStep | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    n_threads: int | None = None,
 ) -> np.ndarray:
     """`denoise`, span by span. A song that fits in one span is denoised at once.
 
     Args:
-        engine, vocal_codes, prefix, params, mask_id, known, first_step: see `denoise`.
+        engine, vocal_codes, prefix, params, mask_id, known, first_step, n_threads: see `denoise`.
         max_codes: longest span.
         on_step: called with (steps done, steps in all) over all spans, first with 0.
 
@@ -74,6 +75,7 @@ def denoise_spans(
             span=span,
             first_step=first_step if index == 0 else None,
             on_step=_steps_of_span(on_step, index, len(todo)),
+            n_threads=n_threads,
         )
     return codes
 

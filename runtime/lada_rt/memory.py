@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system, so that a process between two songs is as small as before the first."""
+"""Giving back to the system what songs have freed. What engines keep for the next song, over a gigabyte, stays."""
 
 from __future__ import annotations
 

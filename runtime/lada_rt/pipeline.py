@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from lada_rt.regenerate import redo, restore
 from lada_rt.results import Chunk, Result, Song, Timings
 from lada_rt.run import Loaded, Run, Stream, join
 from lada_rt.saved_run import SavedRun
+from lada_rt.slots import Slots
 
 __all__ = ["Chunk", "Pipeline", "Result", "Song", "Stream", "Timings"]
 
@@ -49,6 +49,7 @@ class Pipeline:
         backend: str,
         device: str,
         max_concurrent: int = 4,
+        n_threads: int | None = None,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
@@ -60,7 +61,8 @@ class Pipeline:
             engines,
             load_tokenizer(bundle.file_path(bundle.files["tokenizer.json"])),
             LatentStats(constants["latent_mean"], constants["latent_std"]),
-            threading.BoundedSemaphore(max_concurrent),
+            n_threads,
+            Slots(max_concurrent),
             os.getpid(),
         )
 
@@ -82,8 +84,9 @@ class Pipeline:
             bundle: its folder; None is the embedded demo bundle.
             backend: `onnxruntime`, `tensorrt`, `torch`, or `auto` for the best that fits.
             device: `cpu`, `cuda`, or `auto`.
-            n_threads: threads of each ONNX Runtime session; None is every CPU that affinity and the container's quota
-                leave. A song may keep two sessions busy at once. Engines of other backends do not heed it.
+            n_threads: threads of each ONNX Runtime session and of the sampler on the CPU; None is every CPU that
+                affinity and the container's quota leave. A song may keep two sessions busy at once. Engines of other
+                backends do not heed it.
             max_concurrent: calls that may run at once; more wait.
             verify: check every byte of the bundle against its manifest first.
             warmup_s: call `warmup` for songs of this length; None leaves it to the first song.
@@ -100,7 +103,9 @@ class Pipeline:
         if verify:
             opened.verify()
         engines, backend, device = load_engines(opened, backend=backend, device=device, n_threads=n_threads)
-        pipeline = cls(opened, engines, backend=backend, device=device, max_concurrent=max_concurrent)
+        pipeline = cls(
+            opened, engines, backend=backend, device=device, max_concurrent=max_concurrent, n_threads=n_threads
+        )
         if warmup_s is not None:
             pipeline.warmup(warmup_s)
         return pipeline
@@ -151,8 +156,8 @@ class Pipeline:
             params: options; None is the released defaults.
             start_s, end_s: segment of the vocal in seconds.
             long: accept a vocal beyond the bundle's `max_seconds` and denoise it in overlapping spans.
-            reference_start_s: where the reference is read from, to its end; None is `start_s`, as in the released
-                program.
+            reference_start_s: where the reference is read from, for at most the bundle's `max_seconds`; None is
+                `start_s`, as in the released program.
             on_progress: told of every step; returning False cancels.
 
         Raises:
@@ -180,7 +185,7 @@ class Pipeline:
     ) -> Stream:
         """Like `generate`, but yield each piece of audio as soon as it is final.
 
-        Work starts with the first `next`. A slow consumer holds the work back: at most one window is computed ahead.
+        Work starts with the first `next`. A slow consumer holds the work back: at most two windows are computed ahead.
         Closing the stream stops the work within one step.
 
         Args:
@@ -200,7 +205,8 @@ class Pipeline:
         """Make the accompaniments of many songs, each the same bytes as alone.
 
         A song is made when its result is asked for, so that no more than one is held. Encoding, conditioning and the
-        denoiser's first step, which sees nothing but masks, are done once for all variations of a song.
+        denoiser's first step, which sees nothing but masks, are done once for all variations of a song. An error ends
+        its song, not the batch: the next `next` goes on with the song after it.
 
         Args:
             songs: of any lengths; a vocal alone is a song without text or reference.
@@ -217,31 +223,27 @@ class Pipeline:
         _check_count("variations", variations)
         if isinstance(songs, str | os.PathLike | tuple) or not isinstance(songs, Iterable):
             raise ParamError(f"songs: expected a list of songs, got {type(songs).__name__}; put it in a list")
-        return self._batch(songs, self._checked_params(params), variations, on_progress)
+        params = self._checked_params(params)
+        return _Batch(self._variations(song, params, variations, on_progress) for song in songs)
 
-    def _batch(
-        self,
-        songs: Iterable[Song | AudioInput],
-        params: GenerationParams,
-        variations: int,
-        on_progress: OnProgress | None,
+    def _variations(
+        self, given: Song | AudioInput, params: GenerationParams, n_variations: int, on_progress: OnProgress | None
     ) -> Iterator[Result]:
-        for given in songs:
-            song = given if isinstance(given, Song) else Song(given)
-            prepared = None
-            for index in range(variations):
-                seeded = replace(params, seed=(params.seed + index) % N_SEEDS)
-                run = self._new_run(
-                    song,
-                    seeded,
-                    on_progress,
-                    prepared=prepared,
-                    share_first_step=variations > 1,
-                    keep_latents=True,
-                )
-                with Stream(run, self.bundle.geometry.sample_rate_hz) as stream:
-                    yield stream.result(join(stream))
-                prepared = run.prepared
+        song = given if isinstance(given, Song) else Song(given)
+        prepared = None
+        for index in range(n_variations):
+            seeded = replace(params, seed=(params.seed + index) % N_SEEDS)
+            run = self._new_run(
+                song,
+                seeded,
+                on_progress,
+                prepared=prepared,
+                share_first_step=n_variations > 1,
+                keep_latents=True,
+            )
+            with Stream(run, self.bundle.geometry.sample_rate_hz) as stream:
+                yield stream.result(join(stream))
+            prepared = run.prepared
 
     def regenerate(
         self,
@@ -311,6 +313,20 @@ class Pipeline:
         if params is not None and not isinstance(params, GenerationParams):
             raise ParamError(f"params: expected GenerationParams, got {type(params).__name__}")
         return params or GenerationParams()
+
+
+class _Batch(Iterator[Result]):
+    """The results of many songs in a row. A generator would have ended with the first song that raised."""
+
+    def __init__(self, songs: Iterator[Iterator[Result]]) -> None:
+        self._songs = songs
+        self._results: Iterator[Result] = iter(())
+
+    def __next__(self) -> Result:
+        while True:
+            for result in self._results:  # nothing is left of a song that raised
+                return result
+            self._results = next(self._songs)
 
 
 def _check_count(name: str, value: Any) -> None:

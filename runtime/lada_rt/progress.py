@@ -14,6 +14,7 @@ import numpy as np
 from lada_rt.engines.base import Engine, loop_of
 from lada_rt.memory import return_freed
 from lada_rt.results import Timings
+from lada_rt.slots import Slots
 from lada_rt.stream import POLL_SECONDS, Cancel
 
 __all__ = ["OnProgress", "Progress", "Reporter"]
@@ -80,15 +81,14 @@ class Reporter:
         return time.perf_counter() - self._started
 
     @contextlib.contextmanager
-    def holding(self, slots: threading.Semaphore) -> Iterator[None]:
+    def holding(self, slots: Slots) -> Iterator[None]:
         """Wait for a slot, then start the clock; when done, give the memory back.
 
         Raises:
             GenerationCancelled: the run is to stop.
         """
         self._started = time.perf_counter()
-        while not slots.acquire(timeout=POLL_SECONDS):
-            self.step("queue", 0, 1)
+        slots.acquire(lambda: self.step("queue", 0, 1))
         try:
             self.queue_s = self.elapsed_s()
             self._started = time.perf_counter()

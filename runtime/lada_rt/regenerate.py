@@ -77,6 +77,7 @@ def redo(
                 max_codes=loaded.max_codes,
                 known=known,
                 on_step=report.steps_of("denoise"),
+                n_threads=loaded.n_threads,
             )
         report.mark_denoised()
         for window in decode_latents(

@@ -25,7 +25,8 @@ class Song:
         reference: audio whose style to follow; None leaves the slot zero.
         start_s, end_s: segment of the vocal in seconds; end None is its end.
         long: accept a vocal beyond the bundle's `max_seconds` and denoise it in overlapping spans.
-        reference_start_s: where the reference is read from, to its end; None is `start_s`, as in the released program.
+        reference_start_s: where the reference is read from, for at most the bundle's `max_seconds`; None is `start_s`,
+            as in the released program.
     """
 
     vocal: AudioInput

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from lada_rt.long_song import denoise_spans
 from lada_rt.params import GenerationParams
 from lada_rt.progress import OnProgress, Reporter
 from lada_rt.results import Chunk, Layer, Origin, Result, Song, Timings
+from lada_rt.slots import Slots
 from lada_rt.stream import Cancel, run_ahead
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Loaded:
     engines: Mapping[str, Engine]
     tokenizer: Tokenizer
     stats: LatentStats
-    slots: threading.Semaphore
+    n_threads: int | None
+    slots: Slots
     pid: int
 
     def check_process(self) -> None:
@@ -155,6 +156,7 @@ class Run:
                 max_codes=loaded.max_codes,
                 first_step=prepared.first_step,
                 on_step=report.steps_of("denoise"),
+                n_threads=loaded.n_threads,
             )
         report.mark_denoised()
         windows = decode_latents(
@@ -184,6 +186,7 @@ class Run:
                 start_s=song.start_s,
                 end_s=song.end_s,
                 max_seconds=float("inf") if song.long else bundle.max_seconds,
+                check=report.cancel.check,
             )
             self.total_samples = bundle.geometry.n_samples(bundle.geometry.n_codes(self.vocal.samples.shape[1]))
         with report.timed("condition"):  # read first: what is wrong with them shows before the vocal is encoded
@@ -203,8 +206,18 @@ class Run:
         if song.reference is None:
             return None
         start_s = song.start_s if song.reference_start_s is None else song.reference_start_s
-        rate_hz = self._loaded.bundle.geometry.sample_rate_hz
-        return load_audio(song.reference, rate_hz, start_s=start_s, what="reference", mono=True)
+        bundle = self._loaded.bundle
+        return load_audio(
+            song.reference,
+            bundle.geometry.sample_rate_hz,
+            start_s=start_s,
+            # also of a long song: it is averaged, so that more of it says little more
+            max_seconds=bundle.max_seconds,
+            cut=True,
+            what="reference",
+            mono=True,
+            check=self._report.cancel.check,
+        )
 
     def _prefix(self, audio: LoadedAudio | None) -> np.ndarray:
         """The condition slots, [P, prefix_dim] float32 (spec/lada_band c)."""
@@ -220,6 +233,7 @@ class Run:
                 audio.samples[0],
                 chunk_samples=bundle.ref_chunk_samples,
                 hidden_size=bundle.ref_hidden_size(),
+                check=lambda: report.step("condition", 1, 2),
             )
         report.step("condition", 2, 2)
         order = self._params.prefix_order
@@ -260,18 +274,29 @@ class Stream(Iterator[Chunk]):
 
     Closing, an error in the consumer inside the `with` block, or dropping the object stops the work within one step and
     ends its thread. An object that `on_progress` refers to is not dropped before the run has ended: close it.
+
+    What was cut never looks whole: who takes chunks of a stream that is closed meanwhile gets `GenerationCancelled`.
     """
 
     def __init__(self, run: Run, sample_rate: int) -> None:
         self._run = run
         self._chunks = run.chunks()
         self.sample_rate = sample_rate
+        #: a chunk was given out, and neither the end nor an error since
+        self._under_way = False
 
     def __next__(self) -> Chunk:
-        chunk = next(self._chunks)
+        under_way, self._under_way = self._under_way, False
+        try:
+            chunk = next(self._chunks)
+        except StopIteration:
+            if under_way and self._run.timings is None:  # closed while the last chunk was looked at
+                raise GenerationCancelled("generation cancelled") from None
+            raise
         if self._run.cancelled:  # closed by another thread, which could not close what was running here
             self._chunks.close()
             raise GenerationCancelled("generation cancelled")
+        self._under_way = True
         return chunk
 
     def __enter__(self) -> Stream:
@@ -285,7 +310,8 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Stop the work; does nothing once the last chunk is out.
 
-        From any thread: where another waits for a chunk, it gets `GenerationCancelled` instead within one step.
+        From any thread: where another waits for a chunk, it gets `GenerationCancelled` instead within one step, and at
+        its next chunk where it does not wait.
         """
         self._run.cancel()
         try:

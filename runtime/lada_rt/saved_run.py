@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lada_rt.audio import replaced_file
-from lada_rt.bundle import DAMAGED_ARRAYS, Bundle
+from lada_rt.bundle import DAMAGED_ARRAYS, Bundle, open_regular
 from lada_rt.errors import LadaError, ParamError
 from lada_rt.params import GenerationParams
 from lada_rt.results import Layer, Origin, Result
@@ -131,11 +131,11 @@ def load_codes(path: str | os.PathLike[str]) -> SavedRun:
     """Read a run written by `save_codes`, as data only.
 
     Raises:
-        ParamError: no such file, or not one of ours, or damaged.
+        ParamError: no such file, or not one of ours, or of a newer format, or damaged.
     """
     try:
-        arrays = _read_members(Path(path))
-        return _parse(json.loads(arrays["meta"].tobytes()), arrays)
+        meta, arrays = _read_members(Path(path))
+        return _parse(meta, arrays)
     except LadaError as error:
         raise ParamError(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -145,38 +145,56 @@ def load_codes(path: str | os.PathLike[str]) -> SavedRun:
         raise ParamError(f"{path}: expected a file of --save-codes, got something else or damaged ({detail})") from None
 
 
-def _read_members(path: Path) -> dict[str, np.ndarray]:
-    arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        entries = {info.filename: info for info in archive.infolist()}
-        if set(entries) != {f"{name}.npy" for name in MEMBERS} or len(archive.infolist()) != len(MEMBERS):
+def _read_members(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """What `meta` says, and all members."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        # before the others, which a newer format may have more of
+        raw = _read_array(archive, "meta", size)
+        if len(raw) > META_LIMIT_BYTES:
+            raise ValueError("meta is too long")
+        meta = json.loads(raw.tobytes())
+        _check_version(meta)
+        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):
             raise ValueError("not the expected members")
-        for name, (dtype, n_dims) in MEMBERS.items():
-            info = entries[f"{name}.npy"]
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise ValueError(f"{name} is compressed")
-            if info.file_size > path.stat().st_size:
-                raise ValueError(f"{name} is larger than the file")
-            with archive.open(info) as file:
-                version = np.lib.format.read_magic(file)
-                if version != (1, 0):
-                    raise ValueError(f"{name} has npy version {version}")
-                shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
-                n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-                if found != dtype or len(shape) != n_dims or fortran_order or n_bytes > info.file_size:
-                    raise ValueError(f"{name} is {found} {list(shape)}")
-                data = bytearray(file.read(n_bytes + 1))  # one more byte than there may be: the checksum is read too
-            if len(data) != n_bytes:
-                raise ValueError(f"{name} has {len(data)} bytes, not {n_bytes}")
-            arrays[name] = np.frombuffer(data, dtype).reshape(shape)
-    if len(arrays["meta"]) > META_LIMIT_BYTES or len(arrays["codes"]) == 0:
-        raise ValueError("sizes out of range")
-    return arrays
+        arrays = {name: _read_array(archive, name, size) for name in MEMBERS}
+    if len(arrays["codes"]) == 0:
+        raise ValueError("no codes")
+    return meta, arrays
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
+    dtype, n_dims = MEMBERS[name]
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name} is compressed")
+    if info.file_size > archive_bytes:
+        raise ValueError(f"{name} is larger than the file")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"{name} has npy version {version}")
+        shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if found != dtype or len(shape) != n_dims or fortran_order or n_bytes > info.file_size:
+            raise ValueError(f"{name} is {found} {list(shape)}")
+        data = bytearray(file.read(n_bytes + 1))  # one more byte than there may be: the checksum is read too
+    if len(data) != n_bytes:
+        raise ValueError(f"{name} has {len(data)} bytes, not {n_bytes}")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _check_version(meta: Any) -> None:
+    name, version = meta["format"], meta["format_version"]
+    if name != FORMAT_NAME or isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"format {name!r} version {version!r}")
+    if version > FORMAT_VERSION:
+        raise ParamError(
+            f"saved run of version {version} is newer than this lada-rt reads ({FORMAT_VERSION}); upgrade lada-rt"
+        )
 
 
 def _parse(meta: Any, arrays: dict[str, np.ndarray]) -> SavedRun:
-    if meta["format"] != FORMAT_NAME or _whole(meta["format_version"]) > FORMAT_VERSION:
-        raise ValueError(f"format {meta['format']!r} version {meta['format_version']!r}")
     options = dict(meta["params"])
     if isinstance(options.get("schedule"), list):
         options["schedule"] = tuple(options["schedule"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
@@ -37,10 +39,11 @@ class Cancel:
 
 
 def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Generator[T, None, None]:
-    """Iterate `items` in a thread, at most `depth` finished items ahead of the consumer.
+    """Iterate `items` in a thread: `depth` finished items wait for the consumer, and it works on one more.
 
     An exception in `items` is raised here. When the consumer stops early, for whatever reason, `cancel` is raised and
-    the thread is joined before control returns: `items` must check the flag often.
+    the thread is joined before control returns: `items` must check the flag often. Only where `items` itself closes
+    what reads it, in that very thread, it ends a moment later.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
 
@@ -63,6 +66,7 @@ def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Generator[T
             put(("error", error))
 
     thread = threading.Thread(target=produce, name="lada-rt-generate", daemon=True)
+    _at_work[thread] = cancel
     thread.start()
     try:
         while True:
@@ -80,4 +84,20 @@ def run_ahead(items: Iterator[T], cancel: Cancel, depth: int = 1) -> Generator[T
             yield value
     finally:
         cancel.cancel()
-        thread.join()
+        if thread is not threading.current_thread():
+            thread.join()
+
+
+#: threads that work ahead, and what stops them
+_at_work: weakref.WeakKeyDictionary[threading.Thread, Cancel] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End what is under way with the interpreter: a thread that it stops inside native code brings the process down."""
+    running = list(_at_work.items())
+    for _, cancel in running:
+        cancel.cancel()
+    for thread, _ in running:
+        if thread.is_alive() and thread is not threading.current_thread():
+            thread.join()

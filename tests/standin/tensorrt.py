@@ -2,7 +2,7 @@
 
 A plan names a copy of the graph it was "built" from; ONNX Runtime computes, on the memory that the addresses point to.
 Calls are appended to the file of STANDIN_CALLS. STANDIN_MODE: "refuse" the graph, build "nothing", "crash", or compute
-"wrong".
+"wrong". As TensorRT with float32, it has no fused kernel for attention.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Dims(tuple[int, ...]):
 
 class Network:
     def __init__(self) -> None:
-        self.graph: Path | None = None
+        self.model: onnx.ModelProto | None = None
+        self.path = Path()
         self.inputs: list[Any] = []
 
     @property
@@ -123,10 +124,11 @@ class OnnxParser:
     def get_error(self, index: int) -> ParserError:
         return ParserError()
 
-    def parse_from_file(self, model: str) -> bool:
-        note("parse", Path(model).name)
-        self.network.graph = Path(model)
-        self.network.inputs = list(onnx.load(model, load_external_data=False).graph.input)
+    def parse(self, model: bytes, path: str | None = None) -> bool:
+        assert path is not None, "large weights lie beside the graph"
+        note("parse", Path(path).name)
+        self.network.model, self.network.path = onnx.load_from_string(model), Path(path)
+        self.network.inputs = list(self.network.model.graph.input)
         return MODE != "refuse"
 
 
@@ -197,7 +199,7 @@ class Builder:
         return Profile()
 
     def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
-        assert network.graph is not None, "parse before building"
+        assert network.model is not None, "parse before building"
         (profile,) = config.profiles
         assert set(profile.shapes) == {v.name for v in network.inputs}
         assert config.progress_monitor.made
@@ -212,17 +214,29 @@ class Builder:
         monitor.phase_finish("Tactics")
         monitor.phase_finish("Building")
         shapes = {name: [list(d) for d in three] for name, three in profile.shapes.items()}
-        plan = {"graph": str(_kept(network.graph)), "shapes": shapes}
-        return None if MODE == "nothing" else json.dumps(plan).encode()
+        fused = [node for node in network.model.graph.node if node.op_type == "Attention" and not _decomposable(node)]
+        if fused or MODE == "nothing":
+            return None
+        plan = {"graph": str(_kept(network.model, network.path)), "shapes": shapes}
+        return json.dumps(plan).encode()
 
 
-def _kept(graph: Path) -> Path:
+def _decomposable(node: onnx.NodeProto) -> bool:
+    """Take the parser's own mark off a node: ONNX Runtime refuses it. Whether it was there and set."""
+    marks = [a for a in node.attribute if a.name == "TRT_decomposable"]
+    for mark in marks:
+        node.attribute.remove(mark)
+    return [mark.i for mark in marks] == [1]
+
+
+def _kept(model: onnx.ModelProto, path: Path) -> Path:
     """A copy of a graph: a plan holds its weights, whatever becomes of the file it was built from."""
     folder = Path(tempfile.mkdtemp(prefix="plan-", dir=Path(os.environ["STANDIN_CALLS"]).parent))
-    data = graph.with_suffix(".data")
-    for file in (graph, *([data] if data.is_file() else [])):
-        shutil.copy(file, folder)
-    return folder / graph.name
+    onnx.save(model, str(folder / path.name))
+    data = path.with_suffix(".data")
+    if data.is_file():
+        shutil.copy(data, folder)
+    return folder / path.name
 
 
 class Context:

@@ -33,6 +33,7 @@ from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_wind
 from lada_rt.encode import encode
 from lada_rt.engines import load_engines
 from lada_rt.errors import LadaError
+from lada_rt.files import check_target
 
 from lada_rt_export.demo.songs.song import Song, make_song
 from lada_rt_export.demo.songs.styles import STYLES
@@ -376,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     began = time.monotonic()
     try:
+        check_target(args.json, "--json")
         bundle = Bundle.open(args.bundle or demo_bundle_path())
         evaluator = Evaluator(bundle)
         report, made = evaluate(evaluator, settings, lambda line: print(line, file=sys.stderr, flush=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -19,7 +19,7 @@ from lada_rt.engines.cache import (
     remedy,
     this_machine,
 )
-from lada_rt.errors import EngineError, ParamError
+from lada_rt.errors import BundleError, EngineError, ParamError
 
 __all__ = ["BACKENDS", "DEVICES", "Engine", "load_engines", "machine_for"]
 
@@ -58,13 +58,13 @@ def load_engines(
     if backend == "auto":
         backend = _choose(bundle, device)
     if backend == "onnxruntime":
-        device = _onnx_device(device)
-        return {name: _onnx_engine(bundle, name, device, n_threads) for name in bundle.stages}, backend, device
+        engines, device = _onnx_engines(bundle, bundle.stages, device, n_threads)
+        return engines, backend, device
     if device == "auto":
         device = "cuda" if this_machine(backend).arch.startswith("sm_") else "cpu"
     if backend == "tensorrt" and device != "cuda":
         raise EngineError("backend tensorrt: expected an NVIDIA GPU and --device cuda, got cpu; see: lada-rt doctor")
-    engines: dict[str, Engine] = {}
+    engines = {}
     built = {entry.key.stage for entry in list_engines(bundle) if entry.key.backend == backend}
     if not built:
         raise EngineError(
@@ -78,8 +78,7 @@ def load_engines(
     others = [name for name in bundle.stages if name not in built]
     if others:
         _LOG.warning("no %s engine for %s: they run on onnxruntime", backend, ", ".join(others))
-        other_device = "cpu" if device == "cpu" else _onnx_device("auto")
-        engines |= {name: _onnx_engine(bundle, name, other_device, n_threads) for name in others}
+        engines |= _onnx_engines(bundle, others, "cpu" if device == "cpu" else "auto", n_threads)[0]
     return _with_loops(engines, bundle), backend, device
 
 
@@ -129,10 +128,20 @@ def _choose(bundle: Bundle, device: str) -> str:
     return "onnxruntime"
 
 
-def _onnx_device(device: str) -> str:
+def _onnx_engines(
+    bundle: Bundle, stages: Iterable[str], device: str, n_threads: int | None
+) -> tuple[dict[str, Engine], str]:
+    """Engines of ONNX Runtime, and their device. `auto` tries CUDA where this build has it: it has it on machines
+    without a GPU too, and there, or where a library of CUDA is missing, it does not start."""
     from lada_rt.engines.onnxruntime import cuda_available
 
-    return ("cuda" if cuda_available() else "cpu") if device == "auto" else device
+    if device == "auto" and cuda_available():
+        try:
+            return {name: _onnx_engine(bundle, name, "cuda", n_threads) for name in stages}, "cuda"
+        except (EngineError, BundleError) as error:
+            _LOG.warning("%s; the CPU is used", error)
+    device = "cpu" if device == "auto" else device
+    return {name: _onnx_engine(bundle, name, device, n_threads) for name in stages}, device
 
 
 def _onnx_engine(bundle: Bundle, stage: str, device: str, n_threads: int | None) -> Engine:
@@ -159,9 +168,9 @@ def _tensorrt_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
 
 
 def _torch_engines(entry: EngineEntry, device: str) -> dict[str, Engine]:
-    from lada_rt.engines.torch import import_torch, load_package
+    from lada_rt.engines.torch import indexed, load_package
 
-    where = import_torch().device(device)
+    where = indexed(device)
     try:
         parts = {part["name"]: part for part in entry.description["parts"]}
     except (KeyError, TypeError) as error:

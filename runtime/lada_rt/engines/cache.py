@@ -3,8 +3,9 @@
     engines/<key>/engine.json   what the engine is: its key in full, files with sha256 and size, measured error
     engines/<key>/...           the backend's own files
 
-The key names the stage, the hash of its graph and weights, the backend and its version, the GPU architecture, the
-precision and the profile. An engine that does not fit is refused with the command that rebuilds it.
+The key names the stage, the hash of its graph and weights, the backend and its version, the architecture of GPU or
+processor, the precision, the profile and the exporter. An engine that does not fit is refused with the command that
+rebuilds it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from lada_rt.bundle import Bundle, FileEntry, demo_bundle_path, file_sha256, parse_proof
+from lada_rt.bundle import Bundle, FileEntry, demo_bundle_path, file_sha256, parse_proof, read_json
 from lada_rt.errors import EngineError
 
 __all__ = [
     "DISTRIBUTIONS",
+    "ENGINE_FORMAT",
     "EngineEntry",
     "EngineKey",
     "Machine",
@@ -42,6 +44,9 @@ __all__ = [
 
 ENTRY_FILE: Final = "engine.json"
 ENTRY_LIMIT_BYTES: Final = 1 << 20
+#: of engine.json. Engines of format 1, which has no such field, could be too particular for their key: code for the one
+#: processor or model of GPU that had built them.
+ENGINE_FORMAT: Final = 2
 #: backend -> the distributions it may come in
 DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
@@ -58,10 +63,11 @@ class EngineKey:
         stage: name.
         network_sha256: `StageEntry.sha256` of the stage in the manifest: graph and weights.
         backend, backend_version: such as "tensorrt" and "11.4.0.106".
-        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64".
+        arch: "sm_90"; "sm_80+" for this architecture and later ones; "cpu-x86_64-avx512".
         precision: of the stage.
         profile: axis -> (min, opt, max).
         any_later_version: a later release of the backend runs it too.
+        exporter: what built it, for build-engine to see whether it would build the same again.
     """
 
     stage: str
@@ -72,15 +78,16 @@ class EngineKey:
     precision: str
     profile: Profile
     any_later_version: bool = False
+    exporter: str = ""
 
     @property
     def folder_name(self) -> str:
         text = json.dumps({axis: list(sizes) for axis, sizes in self.profile.items()}, sort_keys=True)
-        profile = hashlib.sha256(text.encode()).hexdigest()[:8]
+        rest = hashlib.sha256((text + self.exporter).encode()).hexdigest()[:8]
         later = "plus" if self.any_later_version else ""
         parts = (
             self.stage, self.network_sha256[:12], self.backend, self.backend_version + later,
-            self.arch.replace("+", "plus"), self.precision, profile,
+            self.arch.replace("+", "plus"), self.precision, rest,
         )  # fmt: skip
         return "-".join(re.sub(r"[^A-Za-z0-9._]", "_", part) for part in parts)
 
@@ -98,6 +105,7 @@ class EngineEntry:
     files: tuple[FileEntry, ...]
     proof: Mapping[str, Any]
     description: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = ENGINE_FORMAT
 
     def verify(self) -> None:
         """Compare every file with its hash.
@@ -135,12 +143,28 @@ def this_machine(backend: str, device: str = "auto") -> Machine:
         device: "cpu" or "cuda"; "auto" is the GPU where there is one.
     """
     gpu = None if device == "cpu" else _gpu_arch()
-    return Machine(_version(backend), gpu or f"cpu-{platform.machine()}")
+    return Machine(_version(backend), gpu or _torch_arch("cpu") or f"cpu-{platform.machine()}")
+
+
+def _gpu_arch() -> str | None:
+    """Architecture of the GPU that engines run on. torch tells, which every one of them needs: it heeds
+    CUDA_VISIBLE_DEVICES, may count GPUs in another order than the driver's tool, and needs no such tool in a container.
+    Where it sees none or is not installed, the tool tells; loading an engine then says what is missing."""
+    return _torch_arch("cuda") or _driver_arch()
+
+
+def _torch_arch(device: str) -> str | None:
+    from lada_rt.engines.torch import device_key
+
+    try:
+        return device_key(device)
+    except (EngineError, OSError, RuntimeError):  # a broken torch, too, is for the loader to tell of
+        return None
 
 
 @cache
-def _gpu_arch() -> str | None:
-    """Architecture of the first GPU, from the driver's own tool: no framework has to be loaded to ask."""
+def _driver_arch() -> str | None:
+    """Architecture of the first GPU that the driver's own tool lists."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -167,15 +191,16 @@ def list_engines(bundle: Bundle) -> list[EngineEntry]:
     entries = []
     for path in sorted((bundle.path / "engines").glob(f"*/{ENTRY_FILE}")):
         try:
-            if path.stat().st_size > ENTRY_LIMIT_BYTES:
-                continue
-            entries.append(_parse(path.parent, json.loads(path.read_text(encoding="utf-8"))))
+            entries.append(_parse(path.parent, read_json(path, ENTRY_LIMIT_BYTES)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return entries
 
 
 def _parse(folder: Path, data: Any) -> EngineEntry:
+    version = data.get("format_version", 1)
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise ValueError("damaged version")
     key = dict(data["key"])
     profile = {str(axis): (int(low), int(opt), int(high)) for axis, (low, opt, high) in key.pop("profile").items()}
     later = key.pop("any_later_version")
@@ -188,7 +213,7 @@ def _parse(folder: Path, data: Any) -> EngineEntry:
     proof = parse_proof(data["proof"])
     if "max_rel_error" not in proof:
         raise ValueError("no measured error")
-    return EngineEntry(parsed, folder, files, proof, dict(data["description"]))
+    return EngineEntry(parsed, folder, files, proof, dict(data["description"]), version)
 
 
 def misfit(entry: EngineEntry, bundle: Bundle, machine: Machine) -> str | None:
@@ -197,6 +222,9 @@ def misfit(entry: EngineEntry, bundle: Bundle, machine: Machine) -> str | None:
     stage = bundle.stages.get(key.stage)
     if stage is None or stage.sha256 != key.network_sha256 or stage.precision != key.precision:
         return "was built from another network than the bundle's"
+    if entry.format_version != ENGINE_FORMAT:
+        age = "an older" if entry.format_version < ENGINE_FORMAT else "a newer"
+        return f"was built by {age} lada-rt: it is of format {entry.format_version}, this one runs {ENGINE_FORMAT}"
     if machine.backend_version is None:
         return f"needs {key.backend} {key.backend_version}, which is not installed"
     same = machine.backend_version == key.backend_version
@@ -320,8 +348,13 @@ def write_engine(
     for file in files:
         entries.append(FileEntry(file.name, file_sha256(file), file.stat().st_size))
         file.rename(target / file.name)
-    data = {"key": key.to_json(), "files": [f.to_json() for f in entries], "proof": dict(proof)}
-    data["description"] = dict(description or {})
+    data = {
+        "format_version": ENGINE_FORMAT,
+        "key": key.to_json(),
+        "files": [f.to_json() for f in entries],
+        "proof": dict(proof),
+        "description": dict(description or {}),
+    }
     temporary = target / (ENTRY_FILE + ".new")
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target / ENTRY_FILE)

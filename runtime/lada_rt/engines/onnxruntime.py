@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import io
 import os
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +21,17 @@ __all__ = ["OnnxEngine", "cuda_available", "load_onnxruntime"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INPUT_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+#: words of its errors where memory is missing; it has no type for them
+NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation", "out of memory")
+#: device -> what is out of memory then, and what helps
+NO_MEMORY_REMEDY = {
+    "cpu": "the machine is out of memory ({}); lower max_concurrent, generate a shorter segment, or give the process "
+    "more memory",
+    "cuda": "the device is out of memory ({}); close other programs on it, lower max_concurrent, or generate a shorter "
+    "segment",
+}
+#: engines of this process, and of the one it was forked from
+_alive: weakref.WeakSet[OnnxEngine] = weakref.WeakSet()
 
 
 def load_onnxruntime() -> ModuleType:
@@ -39,6 +55,15 @@ def cuda_available() -> bool:
     return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
 
 
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """Those that pip installed, which the provider does not find by itself."""
+    ort = load_onnxruntime()
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; the provider will tell
+            ort.preload_dlls()
+
+
 class OnnxEngine:
     """One ONNX graph in an ONNX Runtime session. Thread-safe: a session holds no state between runs."""
 
@@ -55,7 +80,7 @@ class OnnxEngine:
                 back after each run; slower.
 
         Raises:
-            EngineError: ONNX Runtime or its provider for the device is missing.
+            EngineError: ONNX Runtime or its provider for the device is missing, or memory.
             BundleError: the graph cannot be loaded.
         """
         ort = load_onnxruntime()
@@ -65,6 +90,8 @@ class OnnxEngine:
                 f"backend onnxruntime: no {provider} in this build of ONNX Runtime; "
                 'use --device cpu, or install the GPU build with: pip install "lada-rt[gpu]"'
             )
+        if device == "cuda":
+            _load_cuda_libraries()
         options = ort.SessionOptions()
         options.intra_op_num_threads = n_threads or cpu_count()
         options.inter_op_num_threads = 1
@@ -82,6 +109,11 @@ class OnnxEngine:
         try:
             self._session: Any = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:
+            if _out_of_memory(error):
+                raise EngineError(
+                    f"{graph}: no memory to load it ({_one_line(error)}); close other programs, or give the process "
+                    "more memory"
+                ) from None
             raise BundleError(
                 f"{graph}: ONNX Runtime cannot load it ({_one_line(error)}); rebuild the bundle"
             ) from None
@@ -91,6 +123,8 @@ class OnnxEngine:
                 "with: lada-rt doctor, or use --device cpu"
             )
         self._outputs = [o.name for o in self._session.get_outputs()]
+        self._no_memory = NO_MEMORY_REMEDY[device]
+        _alive.add(self)
 
     @property
     def input_names(self) -> list[str]:
@@ -120,10 +154,27 @@ class OnnxEngine:
         try:
             values = self._session.run(self._outputs, inputs, options)
         except Exception as error:
+            if _out_of_memory(error):
+                raise EngineError("backend onnxruntime: " + self._no_memory.format(_one_line(error))) from error
             raise EngineError(
                 f"backend onnxruntime: the run failed ({_one_line(error)}); report it with what lada-rt doctor says"
             ) from error
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _keep_sessions() -> None:
+    """Keep the parent's sessions in a forked child for good. A session that is dropped waits for the threads of its
+    pool, which stayed behind: for ever. A list of them would be cleared when the child ends."""
+    for engine in list(_alive):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_sessions)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def _one_line(error: BaseException) -> str:

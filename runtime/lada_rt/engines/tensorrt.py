@@ -57,14 +57,14 @@ class TorchDevice:
     """
 
     def __init__(self) -> None:
-        from lada_rt.engines.torch import device_key, import_torch
+        from lada_rt.engines.torch import device_key, import_torch, indexed
 
         device_key("cuda")
         self._torch = import_torch()
-        self.where = self._torch.device("cuda")
+        self.where = indexed("cuda")
 
     def stream(self) -> int:
-        return int(self._torch.cuda.current_stream().cuda_stream)
+        return int(self._torch.cuda.current_stream(self.where).cuda_stream)
 
 
 @dataclass(slots=True)
@@ -140,9 +140,9 @@ class TensorRTEngine:
         Raises:
             EngineError: an input is missing, unknown, of another type or outside the profile, or the run failed.
         """
-        from lada_rt.torch_loop.device import engine_errors, to_device, to_host
+        from lada_rt.torch_loop.device import engine_errors, on_device, to_device, to_host
 
-        with engine_errors("backend tensorrt"):
+        with engine_errors("backend tensorrt"), on_device("tensorrt", self.device):
             found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
             return {name: to_host(tensor) for name, tensor in found.items()}
 

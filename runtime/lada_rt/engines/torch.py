@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["TorchEngine", "device_key", "import_torch", "load_package"]
+__all__ = ["TorchEngine", "device_key", "import_torch", "indexed", "load_package"]
 
 
 def import_torch() -> ModuleType:
@@ -45,14 +45,17 @@ def missing(package: str) -> EngineError:
 
 
 def device_key(device: str) -> str:
-    """What compiled code depends on: `sm_90` for a GPU of that architecture, `cpu-x86_64` for a processor.
+    """What compiled code depends on: `sm_90` for a GPU of that architecture, `cpu-x86_64-avx512` for a processor with
+    those instructions.
 
     Raises:
         EngineError: torch or the device is missing.
     """
     torch = import_torch()
     if torch.device(device).type != "cuda":
-        return f"cpu-{platform.machine()}"
+        # packages are compiled for what torch's own kernels use, and ATEN_CPU_CAPABILITY holds for both
+        instructions = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+        return f"cpu-{platform.machine()}-{instructions}"
     if not torch.cuda.is_available():
         raise EngineError(
             "backend torch: expected a CUDA device, this torch sees none; use --device cpu, or check the driver "
@@ -60,6 +63,12 @@ def device_key(device: str) -> str:
         )
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def indexed(device: str) -> torch.device:
+    """A device by its number, of CUDA the current one: other threads may have another current one."""
+    torch = import_torch()
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 class TorchEngine:
@@ -81,7 +90,7 @@ class TorchEngine:
         device: where it computes.
         name: of the stage or part, for messages and profiles.
         n_bytes: device memory of its weights.
-        exact: convolve float32 in float32 whatever the process's setting; see `torch_loop.device`.
+        exact: compute float32 in float32 whatever the process's setting; see `torch_loop.device`.
         """
         self._torch = import_torch()
         self._function = function
@@ -99,17 +108,17 @@ class TorchEngine:
         Raises:
             EngineError: torch failed or is out of memory, or the inputs do not fit.
         """
-        from lada_rt.torch_loop.device import engine_errors, float32_convolutions, one_line
+        from lada_rt.torch_loop.device import engine_errors, exact_float32, failure, one_line
 
-        convolutions = float32_convolutions if self._exact else contextlib.nullcontext()
+        precision = exact_float32 if self._exact else contextlib.nullcontext()
         try:
             # no_grad, not inference_mode: the loops update results in place
-            with engine_errors(self.name), self._lock, self._torch.no_grad(), convolutions:
+            with engine_errors(self.name), self._lock, self._torch.no_grad(), precision:
                 result = self._function(**inputs)
         except LadaError:
             raise
         except Exception as error:
-            raise EngineError(
+            raise failure(self.name, error) or EngineError(
                 f"backend torch: {self.name}: the run failed ({one_line(error)}); report it with what "
                 "lada-rt doctor says"
             ) from error
@@ -118,9 +127,9 @@ class TorchEngine:
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Evaluate on arrays; waits for the result."""
-        from lada_rt.torch_loop.device import engine_errors, marked, to_device, to_host
+        from lada_rt.torch_loop.device import engine_errors, on_device, to_device, to_host
 
-        with engine_errors(self.name), marked(self.name, self.device):
+        with engine_errors(self.name), on_device(self.name, self.device):
             found = self.run_device(**{name: to_device(array, self.device) for name, array in inputs.items()})
             return {name: to_host(tensor) for name, tensor in found.items()}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lada_rt.decode import VOCODER_BLOCK_FRAMES, LatentStats, SeededNoise, window_codes, with_halo
 from lada_rt.geometry import CodecGeometry
-from lada_rt.torch_loop.device import DeviceEngine, engine_errors, marked, to_device, to_host
+from lada_rt.torch_loop.device import DeviceEngine, engine_errors, on_device, to_device, to_host
 from lada_rt.torch_loop.flow import FlowSolver
 from lada_rt.torch_loop.noise import flow_noise
 
@@ -242,13 +242,13 @@ class Renderer:
         mels = []
         for half in latents.chunk(2):
             # One audio channel at a time: the mel decoder's largest maps would otherwise double.
-            with marked("mel_decoder", self._device):
+            with on_device("mel_decoder", self._device):
                 mels.append(self._mel_decoder.run_device(latents=half[None].contiguous())["mel"])
         return torch.cat(mels)
 
     def _wave(self, mel: Tensor, start: int, stop: int) -> Tensor:
         """The sound of the mel frames from `start` to `stop`, [2, n]."""
         span, per_frame = with_halo(start, stop, mel.shape[2]), self._geometry.samples_per_mel_frame
-        with marked("vocoder", self._device):
+        with on_device("vocoder", self._device):
             wave = self._vocoder.run_device(mel=mel[:, :, span].contiguous())["waveform"]  # [2, 480 F + 16]
         return wave[:, (start - span.start) * per_frame : (stop - span.start) * per_frame]

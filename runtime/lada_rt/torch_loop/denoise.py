@@ -28,7 +28,7 @@ from lada_rt.torch_loop.device import (
     Replay,
     Turn,
     engine_errors,
-    marked,
+    on_device,
     to_device,
     to_host,
 )
@@ -51,7 +51,7 @@ class _Length:
         self._pool = pool
         self.vocal_codes = torch.zeros(1, n_frames, dtype=torch.int64, device=device)
         self.codes = torch.zeros(1, n_frames, dtype=torch.int64, device=device)
-        self.prefix = torch.zeros(1, *prefix_shape, device=device)
+        self.prefix = torch.zeros(1, *prefix_shape, dtype=torch.float32, device=device)
         #: frames still masked; past them any frame of the span, evaluated for nothing
         self.rows = torch.zeros(row_bucket(n_frames, n_frames), dtype=torch.int64, device=device)
         self._replays: dict[int, Replay] = {}
@@ -112,9 +112,11 @@ class DenoiseLoop:
         start, stop = span or (0, len(vocal_codes))
         given = np.full(len(vocal_codes), mask_id, np.int64) if known is None else known
         masked = start + np.flatnonzero(given[start:stop] == mask_id)
+        if len(masked) == 0:
+            return given.copy()
         n_steps = 1 if params.strategy == "one_shot" else params.steps
         waiting = partial(on_step, 0, n_steps)
-        with engine_errors("denoiser"), self._turn.taken(waiting), marked("denoise", self._device):
+        with engine_errors("denoiser"), self._turn.taken(waiting), on_device("denoise", self._device):
             song = self._length(stop - start, prefix.shape)
             song.vocal_codes[0].copy_(to_device(vocal_codes[start:stop], self._device))
             song.prefix[0].copy_(to_device(prefix, self._device))
@@ -154,9 +156,9 @@ class DenoiseLoop:
         for step in range(n_steps):
             song.codes[0].copy_(codes[start:stop])
             song.rows[: len(rows)].copy_(rows - start)
-            with marked("denoiser", self._device):
+            with on_device("denoiser", self._device):
                 logits = self._logits(song, len(rows), first_step if step == 0 else None)  # [R, V]
-            with marked("sample", self._device):
+            with on_device("sample", self._device):
                 draw, scores = self._recorded(recorded, step, rows)
                 try:
                     tokens, log_confidence = sample(

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +24,10 @@ __all__ = [
     "Turn",
     "capture",
     "engine_errors",
-    "float32_convolutions",
+    "exact_float32",
+    "failure",
     "graph_being_captured",
-    "marked",
+    "on_device",
     "one_line",
     "to_device",
     "to_host",
@@ -51,34 +53,50 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def failure(what: str, error: Exception) -> EngineError | None:
+    """What to say of a device that is out of memory or has failed; None of any other error.
+
+    What runs inside a compiled package comes out of it as a plain RuntimeError: there the text is all that tells.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return EngineError(
+            f"{what}: the device is out of memory ({one_line(error)}); close other programs on it, lower "
+            "max_concurrent, or generate a shorter segment. See what a song needs with: lada-rt inspect --device cuda"
+        )
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
+        return EngineError(
+            f"{what}: the device failed ({one_line(error)}); start the process anew, and check the driver with: "
+            "lada-rt doctor"
+        )
+    return None
+
+
 @contextlib.contextmanager
 def engine_errors(what: str) -> Iterator[None]:
     """Turn a device that is out of memory, or has failed, into an `EngineError`. Errors of a callback pass through."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"{what}: the device is out of memory ({one_line(error)}); close other programs on it, lower "
-            "max_concurrent, or generate a shorter segment. See what a song needs with: lada-rt inspect --device cuda"
-        ) from error
-    except torch.AcceleratorError as error:
-        raise EngineError(
-            f"{what}: the device failed ({one_line(error)}); start the process anew, and check the driver with: "
-            "lada-rt doctor"
-        ) from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise failure(what, error) or error from error
 
 
 @contextlib.contextmanager
-def marked(name: str, device: torch.device) -> Iterator[None]:
-    """An NVTX range around the body; nothing without CUDA."""
+def on_device(name: str, device: torch.device) -> Iterator[None]:
+    """The device is the current one for the body, under an NVTX range; nothing without CUDA.
+
+    Each thread has a current device of its own, the first one unless it chose another: packages, Triton and TensorRT
+    launch on that one, wherever their tensors are.
+    """
     if device.type != "cuda":
         yield
         return
-    torch.cuda.nvtx.range_push(name)
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+    with torch.cuda.device(device):
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -94,63 +112,80 @@ def to_host(tensor: Tensor) -> np.ndarray:
     """A copy in host memory; waits for the current stream alone."""
     if tensor.device.type != "cuda":
         return tensor.numpy(force=True).copy()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     pinned.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event(blocking=True)
-    event.record()
+    event.record(torch.cuda.current_stream(tensor.device))
     event.synchronize()
     return pinned.numpy()
 
 
-class _Float32Convolutions:
-    """While somebody is inside, cuDNN computes float32 convolutions in float32. Torch lets it round the factors to TF32
-    by default, which moves the mel decoder's output by 2 % of its range: the engine would not be what was proven.
+class _ExactFloat32:
+    """While somebody is inside, a GPU computes float32 convolutions and products in float32.
 
-    The setting is the process's: the first in turns TF32 off, the last out puts back what was there. Convolutions that
-    others run meanwhile are as exact. Torch has an older and a newer name for it, and refuses to read the older one
+    Torch lets it round the factors of convolutions to TF32 by default, those of products where the application says so
+    ("high"). In the mel decoder's convolutions that moves the output by 2 % of its range: the engine would not be what
+    was proven.
+
+    The setting is the process's: the first in turns TF32 off, the last out puts back what was there. What others run
+    meanwhile is as exact. Torch has an older and a newer name for each, and refuses to read, and at times to compute,
     where the two disagree.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_inside = 0
-        self._before: tuple[bool | None, str, str] = (None, "none", "none")
+        self._before: list[tuple[Callable[[Any], None], Any]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if self._n_inside == 0:
-                self._before = self._turn_off()
+                self._before = [*self._convolutions(), *self._products()]
             self._n_inside += 1
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._n_inside -= 1
             if self._n_inside == 0:
-                self._put_back(*self._before)
+                for put_back, value in self._before:
+                    put_back(value)
 
     @staticmethod
-    def _turn_off() -> tuple[bool | None, str, str]:
+    def _convolutions() -> list[tuple[Callable[[Any], None], Any]]:
+        """Turn TF32 off; what puts the setting back."""
         flags: Any = torch.backends.cudnn
-        newer = flags.conv.fp32_precision, flags.rnn.fp32_precision
+        before: list[tuple[Callable[[Any], None], Any]] = [
+            (partial(setattr, flags.conv, "fp32_precision"), flags.conv.fp32_precision),
+            (partial(setattr, flags.rnn, "fp32_precision"), flags.rnn.fp32_precision),
+        ]
         try:
-            older = bool(flags.allow_tf32)
+            before.insert(0, (partial(setattr, flags, "allow_tf32"), bool(flags.allow_tf32)))
             flags.allow_tf32 = False
             flags.rnn.fp32_precision = "ieee"  # else the two names disagree
         except RuntimeError:  # only the newer name is in use
-            older = None
+            pass
         flags.conv.fp32_precision = "ieee"
-        return older, *newer
+        return before
 
     @staticmethod
-    def _put_back(older: bool | None, convolutions: str, recurrent: str) -> None:
-        flags: Any = torch.backends.cudnn
-        if older is not None:
-            flags.allow_tf32 = older
-        flags.conv.fp32_precision, flags.rnn.fp32_precision = convolutions, recurrent
+    def _products() -> list[tuple[Callable[[Any], None], Any]]:
+        flags: Any = torch.backends.cuda.matmul
+        before: list[tuple[Callable[[Any], None], Any]] = [
+            (partial(setattr, flags, "fp32_precision"), flags.fp32_precision)
+        ]
+        try:
+            older = torch.get_float32_matmul_precision()
+            if older != "highest":
+                torch.set_float32_matmul_precision("highest")
+                before.insert(0, (torch.set_float32_matmul_precision, older))
+        except RuntimeError:  # only the newer name is in use
+            pass
+        flags.fp32_precision = "ieee"
+        return before
 
 
 #: one for the process, as the setting is
-float32_convolutions = _Float32Convolutions()
+exact_float32 = _ExactFloat32()
 
 
 class Turn:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lada_rt.euler import EulerTable
-from lada_rt.torch_loop.device import DeviceEngine, GraphPool, Pace, Replay, Turn, marked, to_device
+from lada_rt.torch_loop.device import DeviceEngine, GraphPool, Pace, Replay, Turn, on_device, to_device
 
 __all__ = ["FlowSolver"]
 
@@ -42,15 +42,16 @@ class _Window:
         self._halves = halves
         table = EulerTable.of(n_steps)
         self._t, self._dt, self._fade = (to_device(a, device) for a in (table.t, table.dt, table.fade))
-        self.x = torch.zeros(shape, device=device)
-        self.noise = torch.zeros(shape, device=device)
-        self.context = torch.zeros(shape, device=device)  # zero where there is none
+        # dtypes are named: the process may have another default, and packages do not check what they are given
+        self.x = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.noise = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.context = torch.zeros(shape, dtype=torch.float32, device=device)  # zero where there is none
         self.known = torch.zeros(1, 1, shape[2], 1, dtype=torch.bool, device=device)
         self.codes = torch.zeros(n_songs, n_codes, dtype=torch.int64, device=device)
-        self.guidance = torch.ones(1, device=device)
+        self.guidance = torch.ones(1, dtype=torch.float32, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         # all unconditioned rows, then all conditioned ones
-        conditional = torch.zeros(batch, device=device)
+        conditional = torch.zeros(batch, dtype=torch.float32, device=device)
         conditional[batch - n_songs :] = 1.0
         self._conditional = conditional
         self._split = "flow_step" in engines
@@ -147,7 +148,7 @@ class FlowSolver:
             [S, 32, L, 32] float32, not waited for; the first K frames equal `context`.
         """
         n_context = context.shape[2]
-        with self._turn.taken(partial(on_step, 0)), marked("flow", self._device):
+        with self._turn.taken(partial(on_step, 0)), on_device("flow", self._device):
             window = self._window(tuple(noise.shape), codes.shape[1], 1 if guidance == 1.0 else 2, n_steps)
             window.codes.copy_(codes)
             window.noise.copy_(noise)

@@ -13,7 +13,7 @@ from lada_rt.engines.base import Engine
 from lada_rt.geometry import CodecGeometry
 from lada_rt.torch_loop.decode import DecodeLoop, Renderer
 from lada_rt.torch_loop.denoise import DenoiseLoop
-from lada_rt.torch_loop.device import DeviceEngine, engine_errors, to_device, to_host
+from lada_rt.torch_loop.device import DeviceEngine, engine_errors, on_device, to_device, to_host
 
 __all__ = ["WholeFlow", "engines_on_device"]
 
@@ -35,7 +35,7 @@ class WholeFlow:
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Evaluate the stage on arrays, row by row: the parts take one time for all rows."""
-        with engine_errors("flow"):
+        with engine_errors("flow"), on_device("flow", self._step.device):
             tensors = {name: to_device(array, self._step.device) for name, array in inputs.items()}
             rows = [self._row({name: t[i : i + 1] for name, t in tensors.items()}) for i in range(len(inputs["t"]))]
             return {"velocity": to_host(torch.cat(rows))}

@@ -12,7 +12,7 @@ half of the sum if two stages run side by side: mel_vae beside codec or codes, f
     flow       6000 steps           0.38 s, whole windows 0.9 s                 0.7 h
     predictor  9000 steps           0.6 s, whole songs 0.7 s                    1.6 h
     refine     58000 steps          1.0 s                                      16.2 h
-    lengthen   5000 steps           1.9 s                                       2.6 h
+    lengthen   3200 steps           1.9 s                                       1.7 h
 """
 
 from __future__ import annotations

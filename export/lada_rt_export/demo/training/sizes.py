@@ -184,7 +184,7 @@ def _demo() -> TrainingSizes:
             "flow": Budget(6000, 16, ((0.9, 128), (1.0, 1024)), 1e-3, average=0.999, long_batch_size=2),
             "predictor": Budget(9000, 8, ((0.8, 256), (1.0, 1000)), 2e-3, average=0.999, long_batch_size=2),
             "refine": Budget(58000, 2, ((1.0, 1000),), 4e-3, average=0.999),
-            "lengthen": Budget(5000, 2, ((1.0, 1500),), 8e-4, average=0.999),
+            "lengthen": Budget(3200, 2, ((1.0, 1500),), 8e-4, average=0.999),
         },
         n_codec_songs=320,
         n_predictor_songs=1800,

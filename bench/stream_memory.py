@@ -1,11 +1,13 @@
 """How much memory a song needs, by its length: does it grow by more than the audio and the denoiser's activations?
 
-    python bench/stream_memory.py [--seconds 60,240,360] [--bundle B] [--json bench/results/FILE.json]
+    python bench/stream_memory.py [--seconds 60,240,360] [--at-once 1,2,4] [--bundle B] [--json bench/results/FILE.json]
 
 Each length runs in a process of its own: a vocal of that length is streamed with few steps, the chunks are dropped as
 a player would. The peak resident set is read and reset at every change of stage, so each stage has its own peak.
 Compared between the shortest and the longest song are the peaks of encoding and decoding, less the vocal (the caller's
 and the one read).
+
+Then songs of 40 s, several at once in a process of their own: the peak, and what stays resident once all are done.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,28 +91,51 @@ def measure(seconds: int, bundle: str | None) -> dict[str, Any]:
     }
 
 
+def measure_at_once(n_songs: int, bundle: str | None) -> dict[str, Any]:
+    """Generate songs at once in this process."""
+    from lada_rt import GenerationParams, Pipeline
+
+    pipe = Pipeline.load(bundle, max_concurrent=n_songs)
+    t = np.arange(40 * RATE_HZ, dtype=np.float32) / RATE_HZ
+    vocal = (0.3 * np.sin(2 * np.pi * 220 * t)).astype(np.float32)
+    loaded_mb = resident_mb()
+    params = GenerationParams(steps=4, flow_steps=1)
+
+    def song(_: int) -> None:
+        pipe.generate((vocal, RATE_HZ), params=params)
+
+    with ThreadPoolExecutor(n_songs) as pool:
+        list(pool.map(song, range(n_songs)))
+    return {
+        "at_once": n_songs,
+        "loaded_mb": round(loaded_mb, 1),
+        "peak_mb": round(peak_mb(), 1),
+        "idle_mb": round(resident_mb(), 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", default="60,240,360")
+    parser.add_argument("--at-once", default="1,2,4")
     parser.add_argument("--bundle")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.bundle)))
+        what = {"song": measure, "at-once": measure_at_once}[args.child[0]]
+        print(json.dumps(what(int(args.child[1]), args.bundle)))
         return
-    rows = []
-    for seconds in args.seconds.split(","):
-        command = [
-            sys.executable,
-            "-P",
-            __file__,
-            "--child",
-            seconds,
-            *(["--bundle", args.bundle] if args.bundle else []),
-        ]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(json.dumps(rows[-1], indent=1))
+
+    def in_a_process(what: str, number: str) -> dict[str, Any]:
+        command = [sys.executable, "-P", __file__, "--child", what, number]
+        command += ["--bundle", args.bundle] if args.bundle else []
+        row: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(json.dumps(row, indent=1))
+        return row
+
+    rows = [in_a_process("song", seconds) for seconds in args.seconds.split(",")]
+    at_once = [in_a_process("at-once", n) for n in args.at_once.split(",")]
     ratios = {key: round(rows[-1][key] / rows[0][key], 3) for key in ("encode_less_audio_mb", "decode_less_audio_mb")}
     print(ratios)
     if args.json:
@@ -133,6 +159,7 @@ def main() -> None:
             "steps": 4,
             "flow_steps": 1,
             "rows": rows,
+            "at_once": at_once,
             "longest_over_shortest": ratios,
             "limit": LIMIT,
         }

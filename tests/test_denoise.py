@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden_io import read_sidecar, read_tensors
 from golden_weights import select_weights
+from lada_rt import _C
+from lada_rt.cpus import cpu_count
 from lada_rt.denoise import RecordedNoise, denoise
 from lada_rt.errors import EngineError
 from lada_rt.params import GenerationParams
+from lada_rt.pipeline import Pipeline
 from lada_rt_export.models.mask_predictor import (
     DEAD_KEYS,
     KEY_PREFIX,
@@ -21,6 +26,7 @@ from lada_rt_export.models.mask_predictor import (
 )
 from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.torch_engine import TorchEngine
+from stubs import stub_pipeline, sung
 
 # Every trajectory; not the weights, not the autoregressive ablation.
 GOLDEN_PATTERN = "lada_band_gen_[!wa]*.json"
@@ -116,6 +122,33 @@ def test_the_last_step_keeps_all_whatever_the_ratios_say() -> None:
     params = GenerationParams(steps=3, schedule=[0.9, 0.8, 0.7], top_k=1)
     codes = denoise(Constant(), np.zeros(10, np.int64), np.zeros((0, 4), np.float32), params, 8)
     np.testing.assert_array_equal(codes, 3)
+
+
+def test_nothing_to_draw_is_what_is_known() -> None:
+    known = np.arange(4)
+    codes = denoise(Constant(), np.zeros(4, np.int64), np.zeros((0, 4), np.float32), GenerationParams(), 8, known=known)
+    np.testing.assert_array_equal(codes, known)
+    assert codes is not known
+
+
+def test_the_pipelines_threads_reach_the_sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--threads 1` means one, in the draw too."""
+    asked = []
+    draw = _C.sample
+
+    def sample(*args: Any, n_threads: int, **options: Any) -> Any:
+        asked.append(n_threads)
+        return draw(*args, n_threads=n_threads, **options)
+
+    monkeypatch.setattr("lada_rt.denoise._C", SimpleNamespace(sample=sample, remask=_C.remask))
+    host = stub_pipeline(tmp_path)
+    pipe = Pipeline(host.bundle, host._engines, backend="stub", device="cpu", n_threads=3)
+    result = pipe.generate((sung(4800), 48_000), params=GenerationParams(steps=2, flow_steps=1))
+    pipe.regenerate(result, 0.0, 0.04)
+    assert set(asked) == {3}
+    asked.clear()
+    host.generate((sung(4800), 48_000), params=GenerationParams(steps=2, flow_steps=1))
+    assert set(asked) == {cpu_count()}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

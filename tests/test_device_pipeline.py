@@ -291,6 +291,21 @@ def test_no_memory_left_is_one_line_with_a_remedy(
     assert no_threads_left()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_applications_default_dtype_does_not_reach_the_engines(
+    bundle: Bundle, engines: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Compiled packages take what they get for what they were compiled for."""
+    expected = device_pipeline(bundle, engines).generate((sung(9600), 48_000), params=PARAMS)
+    torch.set_default_dtype(dtype)
+    try:
+        found = device_pipeline(bundle, engines).generate((sung(9600), 48_000), params=PARAMS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(found.codes, expected.codes)
+    assert np.array_equal(found.audio, expected.audio)
+
+
 def test_warming_up_meets_every_stage(bundle: Bundle, engines: dict[str, Any]) -> None:
     lengths: dict[str, set[int]] = {}
 

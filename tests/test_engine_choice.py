@@ -97,11 +97,12 @@ def test_auto_takes_the_cpu_where_cuda_is_listed_but_does_not_start(
         load_engines(bundle, device="cuda")
 
 
+@pytest.mark.parametrize("compiled", ["torch", "tensorrt"])
 def test_auto_goes_on_without_a_torch_that_sees_no_gpu(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiled: str
 ) -> None:
     machine(monkeypatch, slot="sm_90", torch_sees="sm_90", version=VERSION)
-    file_engine(bundle, "torch", "sm_90")
+    file_engine(bundle, compiled, "sm_90")
 
     def blind(device: str) -> str:
         raise EngineError("backend torch: expected a CUDA device, this torch sees none")
@@ -109,7 +110,7 @@ def test_auto_goes_on_without_a_torch_that_sees_no_gpu(
     monkeypatch.setattr("lada_rt.engines.torch.device_key", blind)
     found, backend, _ = load_engines(bundle)
     assert backend == "onnxruntime"
-    assert "this torch sees none; it is not used" in caplog.text
+    assert f"backend {compiled} is not used: backend torch: expected a CUDA device, this torch sees" in caplog.text
     assert found["text_encoder"].run(ids=np.array([[0, 2]]), positions=np.array([[2, 3]]))["feature"].size
 
 

@@ -372,6 +372,7 @@ def test_falling_back_is_never_silent(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(cache, "_gpu_arch", lambda: "sm_89")
+    monkeypatch.setattr("lada_rt.engines.torch.device_key", lambda device: "sm_89")
     monkeypatch.setattr(cache, "_version", lambda backend: VERSION)
     assert load_engines(bundle)[1] == "onnxruntime"
     assert not caplog.records

@@ -107,11 +107,11 @@ def _choose(bundle: Bundle, device: str) -> str:
         if not own:
             continue
         machine = this_machine(backend, device)
-        if backend == "torch" and machine.backend_version is not None and machine.arch.startswith("sm_"):
-            try:
-                machine = machine_for(backend, "cuda")
+        if machine.backend_version is not None and machine.arch.startswith("sm_"):
+            try:  # a GPU that the driver lists but torch, which both run on, does not see is none
+                machine = replace(machine, arch=machine_for("torch", "cuda").arch)
             except EngineError as error:
-                _LOG.warning("%s; it is not used", error)
+                _LOG.warning("backend %s is not used: %s", backend, error)
                 continue
         reasons = {entry.key.stage: misfit(entry, bundle, machine) for entry in own}
         # of several engines for one stage, one that fits is enough

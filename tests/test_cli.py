@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import soundfile
 from lada_rt import GenerationParams, Pipeline, cli
-from lada_rt.audio import AudioWriter, wav_header
+from lada_rt.audio import AudioWriter
 from lada_rt.bundle import demo_bundle_path
 from lada_rt.geometry import CodecGeometry
 from lada_rt.loudness import integrated_lufs
 from lada_rt.mix import true_peak
+from lada_rt.wav import wav_header
 from stubs import GEOMETRY, stub_pipeline, sung
 
 FAST = ["--steps", "2", "--flow-steps", "1", "--guidance", "1"]

@@ -33,8 +33,6 @@ __all__ = [
     "check_output_path",
     "load_audio",
     "mix_vocal",
-    "to_pcm16",
-    "wav_header",
     "write_audio",
 ]
 

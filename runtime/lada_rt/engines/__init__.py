@@ -108,8 +108,10 @@ def _choose(bundle: Bundle, device: str) -> str:
             continue
         machine = this_machine(backend, device)
         if machine.backend_version is not None and machine.arch.startswith("sm_"):
-            try:  # a GPU that the driver lists but torch, which both run on, does not see is none
-                machine = replace(machine, arch=machine_for("torch", "cuda").arch)
+            from lada_rt.engines.torch import device_key
+
+            try:  # a GPU that the driver lists but torch, which both need, does not see is none
+                machine = replace(machine, arch=device_key("cuda"))
             except EngineError as error:
                 _LOG.warning("backend %s is not used: %s", backend, error)
                 continue

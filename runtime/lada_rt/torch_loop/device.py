@@ -78,7 +78,9 @@ def engine_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        raise failure(what, error) or error from error
+        told = failure(what, error)
+        assert told is not None
+        raise told from error
 
 
 @contextlib.contextmanager

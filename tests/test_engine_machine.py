@@ -24,6 +24,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lada_rt_export.host_code.check_compiler", lambda device: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(cache, "_version", lambda backend: VERSION)
 

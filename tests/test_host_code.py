@@ -1,19 +1,23 @@
-"""The host code of AOTInductor packages: no instruction that the package's key does not name."""
+"""The host code of AOTInductor packages: no instruction that the package's key does not name, CUDA found."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from lada_rt.engines.torch import device_key
-from lada_rt.errors import ExportError
+from lada_rt.errors import EngineError, ExportError
 from lada_rt_export import host_code, to_aoti
 from lada_rt_export.demo.source import DEMO_WEIGHTS, TrainedSource
-from lada_rt_export.host_code import no_native_code
+from lada_rt_export.host_code import check_compiler, host_compilation, why_not_compiled
 from lada_rt_export.stages import stage_spec
 from torch._inductor import config, cpp_builder
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch.utils import cpp_extension
 
 
 def flags() -> list[str]:
@@ -28,9 +32,9 @@ def test_code_is_for_a_kind_of_processor(monkeypatch: pytest.MonkeyPatch, has_se
         pytest.skip("this torch has no such setting")
     monkeypatch.setattr(host_code, "_has_setting", lambda: has_setting)
     native = flags()
-    with no_native_code(torch.device("cuda")):
+    with host_compilation(torch.device("cuda")):
         assert flags() == []
-    with no_native_code(torch.device("cpu")):
+    with host_compilation(torch.device("cpu")):
         assert flags() == pick_vec_isa().build_arch_flags().split()
     assert flags() == native
     assert device_key("cpu").split("-")[2] in (str(pick_vec_isa()).split()[0], "default")
@@ -49,3 +53,90 @@ def test_packages_are_compiled_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ExportError, match="enough"):
         to_aoti.build_engine(spec, tmp_path, precision="fp32", device="cpu")
     assert seen == [pick_vec_isa().build_arch_flags().split()]
+
+
+HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
+
+
+def home(folder: Path, *headers: str) -> Path:
+    for header in headers:
+        (folder / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "include" / header).write_text("")
+    return folder
+
+
+def packages(monkeypatch: pytest.MonkeyPatch, **folders: Path) -> None:
+    """Let `import name` find these folders, and no others of CUDA's."""
+
+    class Spec:
+        def __init__(self, folder: Path) -> None:
+            self.submodule_search_locations = [str(folder)]
+
+    found = {name: Spec(folder) for name, folder in folders.items()}
+    monkeypatch.setattr(host_code.importlib.util, "find_spec", found.get)
+
+
+def test_cuda_headers_come_from_the_toolkit_then_from_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = home(tmp_path / "toolkit", *HEADERS)
+    # pip's runtime has no crt/: what it includes is in a package that torch does not need
+    partial = home(tmp_path / "nvidia" / "cu13", *HEADERS[:2]).parent
+    triton = home(tmp_path / "triton" / "backends" / "nvidia", *HEADERS)
+    packages(monkeypatch, nvidia=partial, triton=tmp_path / "triton")
+    cuda = torch.device("cuda")
+    for given, used in ((toolkit, toolkit), (tmp_path / "no", triton), (None, triton)):
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", given and str(given))
+        with host_compilation(cuda):
+            assert cpp_extension.include_paths("cuda")[-1] == str(used / "include")
+        assert (given and str(given)) == cpp_extension.CUDA_HOME
+    home(partial / "cu13", *HEADERS)
+    with host_compilation(cuda):
+        assert cpp_extension.include_paths("cuda")[-1] == str(partial / "cu13" / "include")
+
+
+def test_what_is_missing_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages(monkeypatch)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    check_compiler("cpu")
+    with pytest.raises(EngineError, match=r"no CUDA headers .*crt/host_defines.h\); install the CUDA toolkit and set"):
+        check_compiler("cuda")
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(EngineError, match=r"no C\+\+ compiler .* in CXX"),
+    ):
+        check_compiler("cpu")
+
+
+def test_the_driver_is_linked_under_its_versioned_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a driver and no toolkit: `libcuda.so.1` is there, `libcuda.so` is not."""
+    source = tmp_path / "driver.c"
+    source.write_text("int standin(void) { return 0; }")
+    library = tmp_path / "with space" / "liblada_standin.so.1"
+    library.parent.mkdir()
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    soname = f"-Wl,-soname,{library.name}"
+    subprocess.run([compiler, "-x", "c", str(source), "-shared", "-fPIC", soname, "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+    link = [compiler, "-shared", "-o", str(tmp_path / "linked.so"), "-llada_standin"]
+    monkeypatch.setenv("LIBRARY_PATH", str(tmp_path / "of the user"))
+    assert subprocess.run(link, check=False, capture_output=True).returncode != 0
+    with host_code._driver_to_link(library.name):
+        subprocess.run(link, check=True)
+        assert host_code.os.environ["LIBRARY_PATH"].startswith(f"{tmp_path / 'of the user'}:")
+    assert host_code.os.environ["LIBRARY_PATH"] == str(tmp_path / "of the user")
+    with host_code._driver_to_link("libno_such_driver.so.1"):
+        assert host_code.os.environ["LIBRARY_PATH"] == str(tmp_path / "of the user")
+
+
+def test_the_reason_is_what_the_compiler_said() -> None:
+    command = "C++ compile error\n\nCommand:\ng++ " + "-I/some/where " * 90
+    missing = "In file included from x.h:1,\n                 from y.h:3:\nz.h:15:10: fatal error: cuda.h: No such file"
+    assert (
+        why_not_compiled(RuntimeError(f"{command}\n\nOutput:\n{missing}"))
+        == "z.h:15:10: fatal error: cuda.h: No such file"
+    )
+    unlinked = "/usr/bin/ld: cannot find -lcuda: No such file or directory\ncollect2: error: ld returned 1 exit status"
+    assert why_not_compiled(RuntimeError(f"{command}\n\nOutput:\n{unlinked}")).startswith(
+        "/usr/bin/ld: cannot find -lcuda"
+    )
+    assert why_not_compiled(ValueError("two\nlines")) == "two lines"

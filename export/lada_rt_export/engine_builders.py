@@ -94,7 +94,7 @@ def check_backend(backend: str, device: str = "auto") -> None:
 
     Raises:
         ParamError: an unknown backend or device.
-        EngineError: the backend, or the GPU it needs, is missing.
+        EngineError: the backend, or the GPU or compiler it needs, is missing.
     """
     if backend not in BACKENDS:
         raise ParamError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -116,6 +116,10 @@ def check_backend(backend: str, device: str = "auto") -> None:
         from lada_rt.engines.torch import device_key
 
         device_key("cuda")  # the driver may list a GPU that torch, which proves and runs engines, does not see
+    if backend == "torch":
+        from lada_rt_export.host_code import check_compiler
+
+        check_compiler("cuda" if has_gpu and device != "cpu" else "cpu")
 
 
 def build_engine(job: EngineJob) -> EngineEntry:

@@ -18,9 +18,10 @@ from lada_rt.torch_loop.path import WholeFlow
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lada_rt_export.host_code import no_native_code
+from lada_rt_export.host_code import host_compilation, why_not_compiled
 from lada_rt_export.proof import prove, reference
 from lada_rt_export.stages import StageSpec
+from lada_rt_export.symbolic_sizes import sums_divide
 from lada_rt_export.torch_stages import StagePart, stage_parts
 from lada_rt_export.tracing import quiet, widened
 from lada_rt_export.workspace import available_memory
@@ -67,7 +68,7 @@ def build_engine(
         case = {name: tensor.to(where) for name, tensor in spec.cases()[-1].inputs.items()}
         examples = _examples(spec, parts, case)
         for part in parts:
-            with no_native_code(where):
+            with host_compilation(where):
                 _compile(part, examples[part.name], _axes(spec, part), paths[part.name])
         entries = [
             {
@@ -136,12 +137,12 @@ def _compile(part: StagePart, example: Mapping[str, Tensor], axes: Mapping[str, 
     inputs = {name: widened(example[name], axes.get(name, {})) for name in order}
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in order}
     try:
-        with quiet(), torch.no_grad(), sdpa_kernel(list(ATTENTION), set_priority=True):
+        with quiet(), sums_divide(), torch.no_grad(), sdpa_kernel(list(ATTENTION), set_priority=True):
             program = torch.export.export(part.module, (), kwargs=inputs, dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:
         path.unlink(missing_ok=True)
         raise ExportError(
-            f"{part.name}: torch {torch.__version__} cannot compile it ({' '.join(str(error).split())[:300]}); "
+            f"{part.name}: torch {torch.__version__} cannot compile it ({why_not_compiled(error)}); "
             "use another backend for this stage"
         ) from error

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import platform
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,8 @@ def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) ->
         )
     index = -1 if device.type != "cuda" or device.index is None else device.index
     try:
-        compiled = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+        with _quiet_about_host():
+            compiled = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
     except torch.OutOfMemoryError as error:
         raise EngineError(
             f"{path}: no device memory for its weights ({' '.join(str(error).split())[:200]}); close other programs on "
@@ -178,3 +180,22 @@ def load_package(folder: Path, part: Mapping[str, Any], device: torch.device) ->
     return TorchEngine(
         compiled, part["outputs"], device, name=str(part["name"]), n_bytes=int(part["bytes"]), exact=True
     )
+
+
+@contextlib.contextmanager
+def _quiet_about_host() -> Iterator[None]:
+    """Keep torch from warning, at each load, of a processor with other vector instructions than the package's.
+
+    What runs where is in the engine's key, which has been looked at: a package for a GPU uses none, one for a processor
+    those that the key names.
+    """
+
+    def of_something_else(record: logging.LogRecord) -> bool:
+        return "AOTI_CPU_ISA" not in record.getMessage()
+
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    logger.addFilter(of_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_something_else)

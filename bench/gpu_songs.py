@@ -15,7 +15,7 @@ import gpu_sections
 import numpy as np
 import torch
 from gpu_baseline import PublicSong
-from gpu_models import OUTPUTS, PREFIX_SLOTS, flops, make_stage
+from gpu_models import PREFIX_SLOTS, flops, make_stage
 from gpu_sections import State, relative_error, timed
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_pieces, render_windows
 from lada_rt.denoise import denoise
@@ -269,38 +269,52 @@ def baseline(state: State) -> dict[str, Any]:
     return found
 
 
-def package(state: State) -> dict[str, Any]:
-    """The flow as AOTInductor packages: built, compared, timed beside the module."""
-    from lada_rt.engines.torch import load_package
-    from lada_rt_export.stages import StageSizes, stage_spec
-    from lada_rt_export.to_aoti import build_engine
+def package(name: str) -> Callable[[State], dict[str, Any]]:
+    """The section for one stage as AOTInductor packages of the precision that `build-engine` gives it: built, compared
+    with the float32 module; those of the flow are timed beside the module."""
 
-    size = state.size
-    sizes = StageSizes(
-        size.geometry,
-        vocab_size=size.quantiser.codebook_size,
-        mask_id=size.denoiser.mask_id,
-        feature_size=size.denoiser.condition_size,
-        ref_hidden_size=768,
-        ref_chunk_samples=1_440_000,
-        text_vocab_size=250_002,
-        max_frames=9001,
-    )
-    begin = time.monotonic()
-    inputs = gpu_sections.flow_inputs(state)
-    with tempfile.TemporaryDirectory() as folder:
-        spec = stage_spec("flow", make_stage("flow", size, state.device), sizes)
-        description = build_engine(spec, Path(folder), precision="bf16", device=state.device.type)
-        built_s = time.monotonic() - begin
-        held = state.engines
-        state.engines = {part["name"]: load_package(Path(folder), part, state.device) for part in description["parts"]}
-        try:
-            seconds = timed(lambda: gpu_sections.run_stage(state, inputs), state.device, size.repeat)
-        finally:
-            state.engines = held
-    rate = state.fraction(flops("flow", size, batch=2), seconds["median_s"])
-    state.say(f"flow package: built in {built_s:.0f} s, one guided step {seconds['median_s'] * 1e3:.2f} ms")
-    return {"build_s": built_s, "proof": description["proof"], "step": seconds | rate, "outputs": list(OUTPUTS["flow"])}
+    def section(state: State) -> dict[str, Any]:
+        from lada_rt.engines.torch import load_package
+        from lada_rt_export.stages import StageSizes, stage_precisions, stage_spec
+        from lada_rt_export.to_aoti import build_engine
+
+        size = state.size
+        sizes = StageSizes(
+            size.geometry,
+            vocab_size=size.quantiser.codebook_size,
+            mask_id=size.denoiser.mask_id,
+            feature_size=size.denoiser.condition_size,
+            ref_hidden_size=768,
+            ref_chunk_samples=1_440_000,
+            text_vocab_size=250_002,
+            max_frames=9001,
+        )
+        precision = stage_precisions("bf16")[name]
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            spec = stage_spec(name, make_stage(name, size, state.device), sizes)
+            description = build_engine(spec, Path(folder), precision=precision, device=state.device.type)
+            n_bytes = sum(part["bytes"] for part in description["parts"])
+            found = {"build_s": time.monotonic() - begin, "precision": precision, "bytes": n_bytes}
+            found["proof"] = proof = description["proof"]
+            state.say(
+                f"{name} package: {precision}, {n_bytes / 1e6:.0f} MB, built in {found['build_s']:.0f} s, error "
+                f"{proof['max_rel_error']:.1e} of {proof['tolerance']:.0e}"
+            )
+            if name != "flow":
+                return found
+            inputs = gpu_sections.flow_inputs(state)
+            parts = {part["name"]: load_package(Path(folder), part, state.device) for part in description["parts"]}
+            held, state.engines = state.engines, parts
+            try:
+                seconds = timed(lambda: gpu_sections.run_stage(state, inputs), state.device, size.repeat)
+            finally:
+                state.engines = held
+        rate = state.fraction(flops("flow", size, batch=2), seconds["median_s"])
+        state.say(f"flow package: one guided step {seconds['median_s'] * 1e3:.2f} ms")
+        return found | {"step": seconds | rate}
+
+    return section
 
 
 #: In order of running. What is essential keeps its time when something before it is slow (gpu_check._limit).
@@ -314,5 +328,8 @@ SECTIONS = [
     Section("baseline", 60, baseline),
     Section("stage_times", 35, gpu_sections.stage_times, essential=False),
     Section("quiet_loop", 15, quiet_loop, essential=False),
-    Section("package", 110, package, essential=False),
+    Section("flow_package", 110, package("flow"), essential=False),
+    Section("denoiser_package", 90, package("denoiser"), essential=False),
+    Section("mel_decoder_package", 90, package("mel_decoder"), essential=False),
+    Section("vocoder_package", 60, package("vocoder"), essential=False),
 ]

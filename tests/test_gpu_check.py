@@ -21,7 +21,10 @@ SECTIONS = {
     "songs",
     "baseline",
     "quiet_loop",
-    "package",
+    "flow_package",
+    "denoiser_package",
+    "mel_decoder_package",
+    "vocoder_package",
 }
 
 
@@ -52,6 +55,14 @@ def test_every_section_runs_and_is_right(tmp_path: Path) -> None:
     assert baseline["speedup"] == pytest.approx(baseline["total_s"] / target["total_s"], rel=1e-4)
     assert (baseline["steps"], baseline["audio_s"]) == (target["steps"], target["audio_s"])
     assert found["sound"]["vocoder"]["chosen"] in found["sound"]["vocoder"]
+    packages = {name: found[name] for name in SECTIONS if name.endswith("_package")}
+    assert {name: p["precision"] for name, p in packages.items()} == {
+        "flow_package": "bf16",
+        "denoiser_package": "bf16",
+        "mel_decoder_package": "fp32",
+        "vocoder_package": "fp32",
+    }
+    assert all(0 < p["proof"]["max_rel_error"] < p["proof"]["tolerance"] for p in packages.values())
     assert "RTF" in done.stdout
 
 
@@ -127,7 +138,7 @@ def test_torch_and_triton_are_enough(tmp_path: Path) -> None:
     """A fresh GPU machine has neither the extension nor what reads audio or graphs."""
     missing = ["lada_rt._C", "soundfile", "soxr", "tokenizers", "click", "rich", "onnx", "onnxruntime", "safetensors"]
     hide = f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['gpu_check.py', *sys.argv[1:]]; "
-    # what the section `package` imports, which takes too long to be run here
+    # what the sections of packages import, which take too long to be run here
     once = f"import runpy; runpy.run_path({str(SCRIPT)!r}); import lada_rt_export.stages, lada_rt_export.to_aoti; "
     start = f"{hide}{once}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     # the sections that call no kernel, which on a CPU are the extension's

@@ -1,6 +1,6 @@
 """Does a release of the real sizes become a bundle within 16 GB of memory, and do its graphs compute what torch does?
 
-    python bench/full_size.py [--scale full] [--folder DIR] [--stages A,B] [--json results/FILE.json]
+    python bench/full_size.py [--scale full] [--folder DIR] [--stages A,B] [--engines cuda] [--json results/FILE.json]
 
 Writes a synthetic release (12 GB), turns it into a bundle with `lada-rt build-engine` and lets `lada-rt generate` make
 a short song from it. Each stage is proven by the build itself: a denoiser call at T = 751, one step of a flow window,
@@ -9,8 +9,11 @@ one mel window, one vocoder block, and so on, in ONNX Runtime against the float3
 The peak memory of each stage is read between stages from the one process that builds them: all that is resident, which
 counts the pages of checkpoint and weights that are mapped files and that the system can take back, and what is not.
 
-Needs 30 GB of disk. With --folder the work stays there, and an interrupted run goes on where it was; --stages builds
-only some of them for now. Without, everything but the result file is removed.
+With --engines it then compiles the denoiser and the flow in bfloat16, mel decoder and vocoder in float32 as their table
+asks, for the torch backend on that device, each proven like the graphs, and lets `generate` use them.
+
+Needs 30 GB of disk, 40 with --engines. With --folder the work stays there, and an interrupted run goes on where it was;
+--stages builds only some of them for now. Without, everything but the result file is removed.
 """
 
 from __future__ import annotations
@@ -39,10 +42,13 @@ import soundfile
 import torch
 from lada_rt.bundle import STAGES, Bundle
 from lada_rt.cpus import cpu_count
+from lada_rt.engines.cache import list_engines
+from lada_rt.engines.torch import device_key
 from lada_rt_export.synthetic_release import write_synthetic_release
 
 LIMIT_GB = 16.0
 LIMIT_ERROR = 1e-4
+COMPILED = ("denoiser", "flow", "mel_decoder", "vocoder")
 POLL_SECONDS = 0.1
 
 
@@ -126,16 +132,19 @@ class Watched:
             ) from None
 
 
-def build(folder: Path, stages: Sequence[str], memory_gb: float) -> None:
-    """`lada-rt build-engine` for some stages; leaves what it took beside the bundle, stage by stage."""
+def build_command(folder: Path, stages: Sequence[str], memory_gb: float) -> list[str]:
     release = folder / "release"
-    command = [
+    return [
         *(sys.executable, "-P", "-m", "lada_rt.cli", "build-engine", "--out", str(folder / "song.bundle")),
         *("--checkpoint", str(next(release.glob("*.ckpt"))), "--pretrained-root", str(release / "pretrained")),
         *("--stages", ",".join(stages), "--memory-gb", str(memory_gb)),
     ]
+
+
+def build(folder: Path, stages: Sequence[str], memory_gb: float) -> None:
+    """`lada-rt build-engine` for some stages; leaves what it took beside the bundle, stage by stage."""
     # hashing the files and looking through them come before the first stage, checksums and renaming after the last
-    watched = Watched(command, re.compile(r"lada-rt: (\w+) \(\d+ of \d+\): "))
+    watched = Watched(build_command(folder, stages, memory_gb), re.compile(r"lada-rt: (\w+) \(\d+ of \d+\): "))
     code = watched.run()
     for name, part in watched.parts.items():
         log = "\n".join(part.lines)
@@ -145,6 +154,22 @@ def build(folder: Path, stages: Sequence[str], memory_gb: float) -> None:
             keep(folder, f"before_{'_'.join(stages)}", rounded(part))
     if code:
         raise SystemExit(f"build-engine ended with {code}")
+
+
+def build_compiled(folder: Path, device: str, memory_gb: float) -> None:
+    """The same for the torch backend: bfloat16 graphs with their proofs, then what is compiled from the modules."""
+    options = ["--backend", "torch", "--device", device, "--precision", "bf16"]
+    watched = Watched([*build_command(folder, COMPILED, memory_gb), *options], re.compile(r"(?!)"))
+    code = watched.run()
+    if code:
+        raise SystemExit(f"build-engine ended with {code}")
+    keep(folder, f"compiled_{device}", {**rounded(watched.parts[""]), "stages": engine_times(watched.parts[""].lines)})
+
+
+def engine_times(lines: Sequence[str]) -> dict[str, int]:
+    """Seconds that each engine took to be compiled, loaded and proven."""
+    found = (re.search(r"lada-rt: (\w+): \w+ engine for .* ([\d.]+) s$", line) for line in lines)
+    return {line[1]: int(line[2]) for line in found if line}
 
 
 def rounded(part: Part) -> dict[str, float]:
@@ -164,7 +189,7 @@ def proof_times(log: str) -> dict[str, Any]:
     }
 
 
-def generate(folder: Path) -> None:
+def generate(folder: Path, backend: str, device: str, name: str) -> None:
     """A short song through the whole command, with few steps: that the bundle runs within the memory, not how fast."""
     report = folder / "report.json"
     vocal = folder / "vocal.wav"
@@ -173,7 +198,7 @@ def generate(folder: Path) -> None:
     command = [
         *(sys.executable, "-P", "-m", "lada_rt.cli", "generate", str(vocal), "-o", str(folder / "out.wav")),
         *("--bundle", str(folder / "song.bundle"), "--steps", "2", "--flow-steps", "1", "--guidance", "1"),
-        *("--backend", "onnxruntime", "--device", "cpu", "--json", str(report)),
+        *("--backend", backend, "--device", device, "--json", str(report)),
     ]
     watched = Watched(command, re.compile(r"(?!)"))
     code = watched.run()
@@ -185,7 +210,7 @@ def generate(folder: Path) -> None:
         raise SystemExit("generate made silence, or no numbers")
     keep(
         folder,
-        "generate",
+        name,
         {
             **rounded(watched.parts[""]),
             "audio_s": data["duration_s"],
@@ -207,7 +232,33 @@ def kept(folder: Path, name: str) -> dict[str, Any] | None:
         return None
 
 
-def run(folder: Path, scale: str, stages: Sequence[str], memory_gb: float) -> dict[str, Any] | None:
+def compiled(folder: Path, device: str, memory_gb: float) -> dict[str, Any]:
+    """What there is of the torch backend's engines, after doing what is still to be done."""
+    if kept(folder, f"compiled_{device}") is None:
+        build_compiled(folder, device, memory_gb)
+    if kept(folder, f"generate_{device}") is None:
+        generate(folder, "torch", device, f"generate_{device}")
+    arch = device_key(device)
+    entries = [e for e in list_engines(Bundle.open(folder / "song.bundle")) if e.key.arch == arch]
+    return {
+        "device": device,
+        "arch": arch,
+        "build": kept(folder, f"compiled_{device}"),
+        "engines": {
+            entry.key.stage: {
+                "precision": entry.key.precision,
+                "mb": round(sum(file.bytes for file in entry.files) / 1e6, 1),
+                "proof": dict(entry.proof),
+            }
+            for entry in entries
+        },
+        "generate": kept(folder, f"generate_{device}"),
+    }
+
+
+def run(
+    folder: Path, scale: str, stages: Sequence[str], memory_gb: float, engines: str | None = None
+) -> dict[str, Any] | None:
     """Do what is still to be done of `stages`; the result, once there is nothing left."""
     if kept(folder, "release") is None:
         start = time.monotonic()
@@ -220,11 +271,16 @@ def run(folder: Path, scale: str, stages: Sequence[str], memory_gb: float) -> di
     if any(kept(folder, name) is None for name in STAGES):
         return None
     if kept(folder, "generate") is None:
-        generate(folder)
-    bundle = Bundle.open(folder / "song.bundle")
+        generate(folder, "onnxruntime", "cpu", "generate")
+    if kept(folder, "bundle") is None:
+        bundle = Bundle.open(folder / "song.bundle")
+        proofs = {name: dict(entry.proof) for name, entry in bundle.stages.items()}
+        gb = round(sum(f.bytes for f in bundle.all_files()) / 1e9, 2)
+        keep(folder, "bundle", {"bundle_gb": gb, "proofs": proofs})
+    found = kept(folder, "bundle") or {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     built = {name: kept(folder, name) or {} for name in STAGES}
-    parts = {path.stem for path in (folder / "parts").glob("*.json")} - {*STAGES, "release", "generate"}
+    parts = {path.stem for path in (folder / "parts").glob("before_*.json")}
     result = {
         "question": __doc__.splitlines()[0] if __doc__ else "",
         "device": f"{platform.processor() or platform.machine()}, {cpu_count()} CPUs",
@@ -232,13 +288,15 @@ def run(folder: Path, scale: str, stages: Sequence[str], memory_gb: float) -> di
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         "timing": "seconds of a stage hold reading, both runs of each size, export and hashing",
         "release": kept(folder, "release"),
-        "bundle_gb": round(sum(f.bytes for f in bundle.all_files()) / 1e9, 2),
+        "bundle_gb": found["bundle_gb"],
         "stages": built,
         "before_stages": {name.removeprefix("before_"): kept(folder, name) for name in sorted(parts)},
-        "proofs": {name: dict(entry.proof) for name, entry in bundle.stages.items()},
+        "proofs": found["proofs"],
         "generate": kept(folder, "generate"),
     }
-    worst = max(entry.proof["max_rel_error"] for name, entry in bundle.stages.items() if name != "encoder")
+    if engines is not None:
+        result["compiled"] = compiled(folder, engines, memory_gb)
+    worst = max(proof["max_rel_error"] for name, proof in found["proofs"].items() if name != "encoder")
     peaks = [kept(folder, path.stem) or {} for path in (folder / "parts").glob("*.json")]
     peak_gb = max(record.get("peak_resident_gb", 0.0) for record in peaks)
     summary = {"worst_error": worst, "limit_error": LIMIT_ERROR, "peak_gb": peak_gb, "limit_gb": LIMIT_GB}
@@ -251,13 +309,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work and leave the bundle; default: a temporary folder")
     parser.add_argument("--stages", default=",".join(STAGES), help="build these for now")
     parser.add_argument("--memory-gb", type=float, default=LIMIT_GB, help="of build-engine: leaves large proofs out")
+    parser.add_argument("--engines", choices=("cpu", "cuda"), help="then compile engines of the torch backend there")
     parser.add_argument("--json", type=Path, help="result file")
     parser.add_argument("--note", help="a sentence for the result file")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="lada-rt-full-size-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        result = run(folder, options.scale, options.stages.split(","), options.memory_gb)
+        result = run(folder, options.scale, options.stages.split(","), options.memory_gb, options.engines)
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,10 +15,11 @@ from lada_rt_export.models.stages_denoiser import DenoiserStage
 from lada_rt_export.models.stages_mucodec import EncoderStage, FlowStage, MelDecoderStage, VocoderStage
 from lada_rt_export.models.vocoder import Vocoder, VocoderConfig
 from lada_rt_export.models.vq import VQ, VQConfig, condition_linear
+from lada_rt_export.stages import StageSizes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["FULL", "OUTPUTS", "TINY", "Size", "flops", "make_stage"]
+__all__ = ["FULL", "OUTPUTS", "TINY", "Size", "flops", "make_stage", "stage_sizes"]
 
 OUTPUTS = {
     "encoder": ("codes",),
@@ -85,6 +86,20 @@ TINY = Size(
     vocoder_frames=16,
     repeat=1,
 )
+
+
+def stage_sizes(size: Size) -> StageSizes:
+    """What the exporter's table of stages reads from a bundle."""
+    return StageSizes(
+        size.geometry,
+        vocab_size=size.quantiser.codebook_size,
+        mask_id=size.denoiser.mask_id,
+        feature_size=size.denoiser.condition_size,
+        ref_hidden_size=768,
+        ref_chunk_samples=1_440_000,
+        text_vocab_size=250_002,
+        max_frames=9001,
+    )
 
 
 def make_stage(name: str, size: Size, device: torch.device, seed: int = 1) -> nn.Module:

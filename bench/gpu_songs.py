@@ -15,7 +15,7 @@ import gpu_sections
 import numpy as np
 import torch
 from gpu_baseline import PublicSong
-from gpu_models import PREFIX_SLOTS, flops, make_stage
+from gpu_models import PREFIX_SLOTS, flops, make_stage, stage_sizes
 from gpu_sections import State, relative_error, timed
 from lada_rt.decode import LatentStats, SeededNoise, decode_latents, render_pieces, render_windows
 from lada_rt.denoise import denoise
@@ -275,24 +275,14 @@ def package(name: str) -> Callable[[State], dict[str, Any]]:
 
     def section(state: State) -> dict[str, Any]:
         from lada_rt.engines.torch import load_package
-        from lada_rt_export.stages import StageSizes, stage_precisions, stage_spec
+        from lada_rt_export.stages import stage_precisions, stage_spec
         from lada_rt_export.to_aoti import build_engine
 
         size = state.size
-        sizes = StageSizes(
-            size.geometry,
-            vocab_size=size.quantiser.codebook_size,
-            mask_id=size.denoiser.mask_id,
-            feature_size=size.denoiser.condition_size,
-            ref_hidden_size=768,
-            ref_chunk_samples=1_440_000,
-            text_vocab_size=250_002,
-            max_frames=9001,
-        )
         precision = stage_precisions("bf16")[name]
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            spec = stage_spec(name, make_stage(name, size, state.device), sizes)
+            spec = stage_spec(name, make_stage(name, size, state.device), stage_sizes(size))
             description = build_engine(spec, Path(folder), precision=precision, device=state.device.type)
             n_bytes = sum(part["bytes"] for part in description["parts"])
             found = {"build_s": time.monotonic() - begin, "precision": precision, "bytes": n_bytes}

@@ -55,14 +55,33 @@ def test_packages_are_compiled_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert seen == [pick_vec_isa().build_arch_flags().split()]
 
 
-HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
+#: what stands for torch's headers of a GPU, and CUDA's
+INCLUDED = "torch_cuda.h"
+CUDA = {
+    "cuda.h": "",
+    "cuda_runtime_api.h": "#include <crt/host_defines.h>",
+    "cuda_fp16.h": "#include <nv/target>",
+    "crt/host_defines.h": "",
+}
 
 
-def home(folder: Path, *headers: str) -> Path:
-    for header in headers:
-        (folder / "include" / header).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "include" / header).write_text("")
+def home(folder: Path, *without: str) -> Path:
+    """A folder with CUDA's headers."""
+    for header, text in CUDA.items():
+        if header not in without:
+            (folder / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "include" / header).write_text(text)
     return folder
+
+
+@pytest.fixture
+def torch_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers that the compiler finds whatever torch this is, and which include CUDA's."""
+    folder = tmp_path / "of torch"
+    folder.mkdir()
+    (folder / INCLUDED).write_text("#include <cuda.h>\n#include <cuda_runtime_api.h>\n#include <cuda_fp16.h>\n")
+    monkeypatch.setattr(host_code, "_INCLUDED", INCLUDED)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(folder))
 
 
 def packages(monkeypatch: pytest.MonkeyPatch, **folders: Path) -> None:
@@ -76,28 +95,56 @@ def packages(monkeypatch: pytest.MonkeyPatch, **folders: Path) -> None:
     monkeypatch.setattr(host_code.importlib.util, "find_spec", found.get)
 
 
+@pytest.mark.usefixtures("torch_headers")
 def test_cuda_headers_come_from_the_toolkit_then_from_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toolkit = home(tmp_path / "toolkit", *HEADERS)
+    toolkit = home(tmp_path / "toolkit")
     # pip's runtime has no crt/: what it includes is in a package that torch does not need
-    partial = home(tmp_path / "nvidia" / "cu13", *HEADERS[:2]).parent
-    triton = home(tmp_path / "triton" / "backends" / "nvidia", *HEADERS)
-    packages(monkeypatch, nvidia=partial, triton=tmp_path / "triton")
+    pip = home(tmp_path / "nvidia" / "cu13", "crt/host_defines.h")
+    triton = home(tmp_path / "triton" / "backends" / "nvidia")
+    packages(monkeypatch, nvidia=pip.parent, triton=tmp_path / "triton")
     cuda = torch.device("cuda")
-    for given, used in ((toolkit, toolkit), (tmp_path / "no", triton), (None, triton)):
+    broken = home(tmp_path / "broken", "cuda_fp16.h")
+    for given, used in ((toolkit, toolkit), (broken, triton), (tmp_path / "no", triton), (None, triton)):
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", given and str(given))
         with host_compilation(cuda):
             assert cpp_extension.include_paths("cuda")[-1] == str(used / "include")
         assert (given and str(given)) == cpp_extension.CUDA_HOME
-    home(partial / "cu13", *HEADERS)
+    home(pip)
     with host_compilation(cuda):
-        assert cpp_extension.include_paths("cuda")[-1] == str(partial / "cu13" / "include")
+        assert cpp_extension.include_paths("cuda")[-1] == str(pip / "include")
 
 
-def test_what_is_missing_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("torch_headers")
+def test_host_code_is_compiled_where_cuda_asks_for_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nv/target` is in neither torch's nor Triton's packages; where it is, as in a toolkit, it is taken."""
+    toolkit = home(tmp_path / "toolkit")
+    packages(monkeypatch)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
+    asked = tmp_path / "asked.cpp"
+    asked.write_text("#include <cuda_fp16.h>\nint f() { NV_IF_ELSE_TARGET(NV_IS_DEVICE, return 1;, return 0;) }\n")
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    compiled = [compiler, "-fsyntax-only", "-Werror", f"-I{toolkit / 'include'}", str(asked)]
+    assert subprocess.run(compiled, check=False, capture_output=True).returncode != 0
+    with host_compilation(torch.device("cuda")):
+        subprocess.run(compiled, check=True)
+        (toolkit / "include" / "nv").mkdir()
+        (toolkit / "include" / "nv" / "target").write_text("#error the toolkit's\n")
+        done = subprocess.run(compiled, check=False, capture_output=True, text=True)
+        assert "the toolkit's" in done.stderr
+
+
+@pytest.mark.usefixtures("torch_headers")
+def test_what_is_missing_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages(monkeypatch)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     check_compiler("cpu")
-    with pytest.raises(EngineError, match=r"no CUDA headers .*crt/host_defines.h\); install the CUDA toolkit and set"):
+    with pytest.raises(EngineError, match=r"no CUDA headers .*\(none are installed\); install the CUDA toolkit"):
+        check_compiler("cuda")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home(tmp_path / "toolkit", "crt/host_defines.h")))
+    with pytest.raises(EngineError, match=r"\(.*error: crt/host_defines.h: No such file or directory\); install"):
         check_compiler("cuda")
     with (
         config.patch({"cpp.cxx": ("no-such-compiler",)}),

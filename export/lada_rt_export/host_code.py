@@ -11,8 +11,10 @@ import ctypes
 import importlib.util
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +27,13 @@ from torch.utils import cpp_extension
 
 __all__ = ["check_compiler", "host_compilation", "why_not_compiled"]
 
-#: what the generated code includes, and of what that includes in turn the part that pip's headers may lack
-_CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
+#: what the generated code for a GPU includes first
+_INCLUDED = "torch/csrc/inductor/aoti_include/cuda.h"
+#: CUDA's header of half-precision numbers asks with this which processor is compiled for. It belongs to a package that
+#: neither torch nor Triton brings; to a compiler of host code there is one answer.
+_NV_TARGET = """#pragma once
+#define NV_IF_ELSE_TARGET(target, on_device, ...) __VA_ARGS__
+"""
 
 
 @contextlib.contextmanager
@@ -43,7 +50,7 @@ def host_compilation(device: torch.device) -> Iterator[None]:
     settings: dict[str, Any] = {"cpp.simdlen": 0} if device.type == "cuda" else {}
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
-            stack.enter_context(mock.patch.object(cpp_extension, "CUDA_HOME", str(_cuda_home())))
+            stack.enter_context(_cuda_headers())
             stack.enter_context(_driver_to_link())
         if _has_setting():
             stack.enter_context(config.patch({**settings, "cpp.march": ""}))
@@ -70,7 +77,8 @@ def check_compiler(device: str) -> None:
             "backend torch: no C++ compiler to build packages with; install g++, or name one in CXX"
         ) from None
     if device == "cuda":
-        _cuda_home()
+        with _cuda_headers():
+            pass
 
 
 def why_not_compiled(error: Exception) -> str:
@@ -80,20 +88,42 @@ def why_not_compiled(error: Exception) -> str:
     return " ".join((complaint[0] if complaint else text).split())[:300]
 
 
-def _cuda_home() -> Path:
-    """A folder with CUDA's headers: a toolkit if there is one, else what came with pip."""
-    found = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
-    for package, folder in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
+@contextlib.contextmanager
+def _cuda_headers() -> Iterator[None]:
+    """CUDA's headers: those of a toolkit if there is one, else what came with torch or Triton, if they compile."""
+    homes = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
+    for package, pattern in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
         spec = importlib.util.find_spec(package)
         for place in spec.submodule_search_locations or () if spec else ():
-            found += sorted(Path(place).glob(folder))
-    for home in found:
-        if all((home / "include" / header).is_file() for header in _CUDA_HEADERS):
-            return home
+            homes += sorted(Path(place).glob(pattern))
+    with tempfile.TemporaryDirectory(prefix="lada-rt-") as folder:
+        target = Path(folder) / "nv" / "target"
+        target.parent.mkdir()
+        target.write_text(_NV_TARGET, encoding="utf-8")
+        with _last_in("CPLUS_INCLUDE_PATH", folder):
+            complaint = "none are installed"
+            for home in homes:
+                if not (home / "include" / "cuda.h").is_file():
+                    continue
+                with mock.patch.object(cpp_extension, "CUDA_HOME", str(home)):
+                    complaint = _preprocessed()
+                    if not complaint:
+                        yield
+                        return
     raise EngineError(
-        f"backend torch: no CUDA headers to build packages with ({', '.join(_CUDA_HEADERS)}); install the CUDA "
-        "toolkit and set CUDA_HOME, or: pip install triton"
+        f"backend torch: no CUDA headers to build packages with ({complaint}); install the CUDA toolkit and "
+        "set CUDA_HOME"
     )
+
+
+def _preprocessed() -> str:
+    """What the compiler says of torch's headers for a GPU with those of CUDA_HOME; nothing if it finds them all."""
+    includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+    command = [cpp_builder.get_cpp_compiler(), "-x", "c++", "-std=c++20", "-DUSE_CUDA", *includes, "-E", "-"]
+    done = subprocess.run(
+        command, input=f"#include <{_INCLUDED}>", capture_output=True, text=True, errors="replace", check=False
+    )
+    return why_not_compiled(RuntimeError(done.stderr)) if done.returncode else ""
 
 
 @contextlib.contextmanager
@@ -111,10 +141,14 @@ def _driver_to_link(soname: str = "libcuda.so.1") -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="lada-rt-") as folder:
         (Path(folder) / name).symlink_to(path[0])
-        # last, after whatever the user has set
-        places = [*filter(None, [os.environ.get("LIBRARY_PATH")]), folder]
-        with mock.patch.dict(os.environ, {"LIBRARY_PATH": os.pathsep.join(places)}):
+        with _last_in("LIBRARY_PATH", folder):
             yield
+
+
+def _last_in(variable: str, folder: str) -> AbstractContextManager[Any]:
+    """A place where compiler and linker look after all others, those that the user has set included."""
+    places = [*filter(None, [os.environ.get(variable)]), folder]
+    return mock.patch.dict(os.environ, {variable: os.pathsep.join(places)})
 
 
 def _has_setting() -> bool:

@@ -91,34 +91,37 @@ def why_not_compiled(error: Exception) -> str:
 @contextlib.contextmanager
 def _cuda_headers() -> Iterator[None]:
     """CUDA's headers: those of a toolkit if there is one, else what came with torch or Triton, if they compile."""
+    with tempfile.TemporaryDirectory(prefix="lada-rt-") as folder, _last_in("CPLUS_INCLUDE_PATH", folder):
+        target = Path(folder) / "nv" / "target"
+        target.parent.mkdir()
+        target.write_text(_NV_TARGET, encoding="utf-8")
+        with mock.patch.object(cpp_extension, "CUDA_HOME", str(_cuda_home())):
+            yield
+
+
+def _cuda_home() -> Path:
+    """The first folder whose headers the compiler is content with."""
     homes = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
     for package, pattern in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
         spec = importlib.util.find_spec(package)
         for place in spec.submodule_search_locations or () if spec else ():
             homes += sorted(Path(place).glob(pattern))
-    with tempfile.TemporaryDirectory(prefix="lada-rt-") as folder:
-        target = Path(folder) / "nv" / "target"
-        target.parent.mkdir()
-        target.write_text(_NV_TARGET, encoding="utf-8")
-        with _last_in("CPLUS_INCLUDE_PATH", folder):
-            complaint = "none are installed"
-            for home in homes:
-                if not (home / "include" / "cuda.h").is_file():
-                    continue
-                with mock.patch.object(cpp_extension, "CUDA_HOME", str(home)):
-                    complaint = _preprocessed()
-                    if not complaint:
-                        yield
-                        return
+    complaint = "none are installed"
+    for home in homes:
+        if (home / "include" / "cuda.h").is_file():
+            complaint = _complaint(home)
+            if not complaint:
+                return home
     raise EngineError(
         f"backend torch: no CUDA headers to build packages with ({complaint}); install the CUDA toolkit and "
         "set CUDA_HOME"
     )
 
 
-def _preprocessed() -> str:
-    """What the compiler says of torch's headers for a GPU with those of CUDA_HOME; nothing if it finds them all."""
-    includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+def _complaint(home: Path) -> str:
+    """What the compiler says of torch's headers for a GPU with CUDA's from there; nothing if it finds them all."""
+    with mock.patch.object(cpp_extension, "CUDA_HOME", str(home)):
+        includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
     command = [cpp_builder.get_cpp_compiler(), "-x", "c++", "-std=c++20", "-DUSE_CUDA", *includes, "-E", "-"]
     done = subprocess.run(
         command, input=f"#include <{_INCLUDED}>", capture_output=True, text=True, errors="replace", check=False

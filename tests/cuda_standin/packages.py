@@ -21,10 +21,14 @@ from lada_rt_export import to_aoti  # noqa: E402
 from lada_rt_export.stages import ALLOWED, stage_spec  # noqa: E402
 
 
+def _nothing(*args: Any, **options: Any) -> dict[str, float]:
+    """In place of a proof, which would look at results."""
+    return {}
+
+
 def main(scale: str = "tiny", precision: str = "bf16") -> None:
     size = {"tiny": TINY, "full": FULL}[scale]
-    unproven: Any = lambda *args, **options: {"max_rel_error": 0.0, "tolerance": 0.0}  # noqa: E731
-    to_aoti.reference = to_aoti.prove = unproven
+    to_aoti.reference = to_aoti.prove = _nothing
     for name in OUTPUTS:
         begin = time.monotonic()
         chosen = precision if precision in ALLOWED[name] else "fp32"
